@@ -1,0 +1,894 @@
+"""What the three scripts share: whatever any experiment on small images would want.
+
+In this order: user errors and the command line, the run folder, data sets, batches, the NT-Xent loss,
+training with Lightning, evaluation (features, k-NN, accuracy per class) and figures.
+What the papers are about (the recurrent network, SimCLR's augmentations and model) stands in the scripts.
+
+Tensors are written with their shapes: N images in a set, B in a batch, C channels, H x W pixels, D features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+import jsonargparse
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# ------------------------------------------------------------------------------------------------
+# User errors and the command line
+# ------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Shown as one line on stderr that names the culprit and the remedy; exit status 2."""
+
+
+class Diverged(UserError):
+    """The loss is no longer finite."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class RunConfig:
+    """What every script's configuration begins with."""
+
+    dataset: str = "cifar10"
+    """cifar10, cifar100, stl10, digits, or a folder of images: DIR/train/<class>/*, DIR/test/<class>/*"""
+    data_dir: str = "data"
+    """where data sets are downloaded to, and decoded image folders are cached"""
+    image_size: int | None = None
+    """side in pixels to which the images of a folder are brought (32 unless given); other sets keep their own"""
+    output_dir: str | None = None
+    """folder for this run's results; unless given, a new one named after script, data set and time, in runs/"""
+    seed: int = 0
+    """decides initial weights, splits, order, augmentation and dropout"""
+    accelerator: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to compute; auto takes a CUDA GPU, else Apple's, else the CPU"""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """float32, or bfloat16 autocast; auto takes bfloat16 where the processor computes it fast"""
+    resume: str | None = None
+    """continue an interrupted run: its folder, or nothing for the newest one"""
+
+    def validate(self) -> None:
+        """Check the values that types alone do not (ranges, existing devices). Raises UserError."""
+        check(0 <= self.seed < 2**63, f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+        size = self.image_size
+        check(size is None or 4 <= size <= 1024, f"--image_size must be between 4 and 1024 pixels, got {size}")
+        resolve_device(self.accelerator)
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+class OneLineParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser, with each error as one line that names the flag."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
+        message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
+        message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
+        message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
+        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file (see --help)", message)
+        raise UserError(" ".join(message.split()))
+
+
+def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
+    """The command line of a script: one flag per field of its dataclass, `--config FILE.yaml` and `--print_config`."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = OneLineParser(description=(description or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the values below")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str | None = None) -> ConfigT:
+    """Turn command-line words into a validated configuration.
+
+    With `--resume`, the configuration is the one that the interrupted run saved; other flags may repeat it, not
+    change it. Raises UserError for anything that is not right; exits 0 after `--help` or `--print_config`.
+    """
+    argv = list(argv)
+    for i, word in enumerate(argv):  # a bare --resume means the newest run
+        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            argv[i] = "--resume=latest"
+    parser = make_parser(config_class, description)
+    given = parser.parse_args(argv)
+    if given.resume is not None:
+        folder = newest_run(Path(sys.argv[0]).stem) if given.resume == "latest" else Path(given.resume)
+        saved_file = folder / "config.yaml"
+        check(saved_file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
+        saved = parser.parse_args(["--config", str(saved_file)])
+        given = parser.parse_args(["--config", str(saved_file), *argv])
+        differing = [k for k in vars(saved) if k not in ("config", "resume", "output_dir") and saved[k] != given[k]]
+        check(not differing, f"--resume {folder}: that run was started with another value of --{', --'.join(differing)}")
+        given.resume, given.output_dir = str(folder), str(folder)
+    config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
+    config.validate()
+    return config
+
+
+def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None) -> NoReturn:
+    """Run `main(config)` as a program: user errors and Ctrl-C end in one line on stderr, without a traceback."""
+    script = Path(sys.argv[0]).name
+    try:
+        main(parse_config(config_class, sys.argv[1:], description))
+    except UserError as error:
+        sys.exit(_say(f"{script}: error: {error}", status=2))
+    except KeyboardInterrupt as interrupt:
+        how = interrupt.args[0] if interrupt.args else "nothing was saved yet"
+        sys.exit(_say(f"\n{script}: interrupted; {how}", status=130))
+    sys.exit(0)
+
+
+def _say(line: str, status: int) -> int:
+    print(line, file=sys.stderr)
+    return status
+
+
+# ------------------------------------------------------------------------------------------------
+# The run folder
+# ------------------------------------------------------------------------------------------------
+
+
+def newest_run(script: str, runs: Path = Path("runs")) -> Path:
+    """The most recently changed run folder of `script` below `runs`. Raises UserError when there is none."""
+    found = [path.parent for path in runs.glob(f"{script}-*/config.yaml")]
+    check(bool(found), f"--resume: no run of {script} in {runs}/; give the run's folder, --resume DIR")
+    return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.rglob("*")))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: aside, synced to disk, then renamed over the old one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_torch(path: Path, value: Any) -> None:
+    """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+@contextlib.contextmanager
+def run_folder(config: RunConfig) -> Iterator[Path]:
+    """Make (or, when resuming, reopen) the run's folder with its config.yaml; a Ctrl-C inside says how to resume.
+
+    Raises UserError when the folder cannot be made or already holds something.
+    """
+    script = Path(sys.argv[0]).stem
+    if config.resume is not None:
+        folder = Path(config.resume)
+    else:
+        folder = _new_folder(script, config)
+        save_config(folder / "config.yaml", config)
+    print(f"writing to {folder}")
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"continue with: python {script}.py --resume {folder}") from None
+
+
+def _new_folder(script: str, config: RunConfig) -> Path:
+    name = f"{script}-{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    wanted = Path(config.output_dir) if config.output_dir else Path("runs") / name
+    try:
+        if config.output_dir:
+            wanted.mkdir(parents=True, exist_ok=True)
+            is_empty = not any(wanted.iterdir())
+            check(is_empty, f"--output_dir {wanted} is not empty: take a new folder, or continue with --resume {wanted}")
+            check(os.access(wanted, os.W_OK), f"--output_dir {wanted} cannot be written to: take another folder")
+            return wanted
+        for attempt in range(1000):  # two runs started in the same second get different folders
+            folder = wanted if attempt == 0 else wanted.with_name(f"{name}-{attempt + 1}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as error:
+        raise UserError(f"--output_dir {wanted} cannot be made ({error.strerror}): take another folder") from None
+    raise UserError(f"--output_dir: {wanted} and 999 like it exist: clear runs/ or name a folder")
+
+
+def save_config(file: Path, config: RunConfig) -> None:
+    """Write a configuration as the YAML that `--config` reads; where the run wrote and resumed is not part of it."""
+    values = {**asdict(config), "output_dir": None, "resume": None}
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())  # JSON's values are YAML's too
+    write_atomically(file, text.encode())
+
+
+def save_results(folder: Path, config: RunConfig, started: float, **outcome: Any) -> None:
+    """Write results.json: what ran, where, with which versions, and its outcome (accuracies as fractions of 1)."""
+    device = resolve_device(config.accelerator)
+    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    record = {
+        "script": Path(sys.argv[0]).name,
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "precision": resolve_precision(config.precision, device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "lightning": lightning.__version__},
+        "git_commit": commit,
+        "git_dirty": None if status is None else bool(status),
+        "seconds": round(time.time() - started, 1),
+        **outcome,
+    }
+    write_atomically(folder / "results.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageDataset:
+    """A set of images in memory. images: uint8 (N, C, H, W); labels: int64 (N,), an index into `classes`."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor | None
+    test_images: Tensor | None
+    test_labels: Tensor | None
+    classes: tuple[str, ...]
+    unlabelled_images: Tensor | None = None
+
+    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(train images, train labels, test images, test labels). Raises UserError where the set lacks one of them."""
+        if self.train_labels is None or self.test_images is None or self.test_labels is None:
+            raise UserError(
+                f"--dataset {self.name} has no classes or no test images, which this needs: lay them out as "
+                f"{self.name}/train/<class>/* and {self.name}/test/<class>/*, or run --stages pretrain alone"
+            )
+        check(len(self.classes) > 1, f"--dataset {self.name} has one class only, where telling classes apart needs two")
+        return self.train_images, self.train_labels, self.test_images, self.test_labels
+
+
+def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageDataset:
+    """Load a data set by name, or a folder of images (made square, `image_size` pixels a side, 32 unless given).
+
+    Downloads CIFAR-10/100 and STL-10 into `data_dir` when they are not there. Raises UserError.
+    """
+    if name == "digits":
+        return _load_digits()
+    if name in ("cifar10", "cifar100", "stl10"):
+        return _load_torchvision(name, Path(data_dir))
+    check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of cifar10, cifar100, stl10, digits")
+    return _load_folder(Path(name), Path(data_dir), image_size or 32)
+
+
+def _load_digits() -> ImageDataset:
+    """scikit-learn's 1,797 real 8 x 8 scans of handwritten digits, as grey RGB; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    images = torch.from_numpy(scans.images * (255 / 16)).round().to(torch.uint8)  # (N, 8, 8), 0...16 in the file
+    images, labels = images[:, None].repeat(1, 3, 1, 1), torch.from_numpy(scans.target).long()
+    test = stratified_subset(labels, 0.2, seed=0)
+    train = complement(test, len(labels))
+    return ImageDataset("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
+
+
+def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
+    import socket
+
+    from torchvision import datasets
+
+    archive = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "stl10": "stl10_binary.tar.gz"}
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(8)  # torchvision sets none: without a network it could wait for ever
+    try:
+        if name == "stl10":
+            splits = [datasets.STL10(str(data_dir), s, download=True) for s in ("train", "test", "unlabeled")]
+            train, test, unlabelled = ((torch.from_numpy(s.data), torch.from_numpy(s.labels).long()) for s in splits)
+            return ImageDataset(name, *train, *test, tuple(splits[0].classes), unlabelled[0])
+        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        splits = [kind(str(data_dir), train=is_train, download=True) for is_train in (True, False)]
+        train, test = ((torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits)
+        return ImageDataset(name, *train, *test, tuple(splits[0].classes))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad archive
+        raise UserError(
+            f"--dataset {name} is not in {data_dir} and could not be downloaded ({str(error).splitlines()[0]}): put "
+            f"{archive[name]} into {data_dir}, or run without a download: python {Path(sys.argv[0]).name} --dataset digits"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
+    """A folder of the user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
+    name = str(folder)
+    if not (folder / "train").is_dir():
+        files = _image_files(folder)
+        check(bool(files), f"--dataset {folder} has neither images in it nor a folder train/<class>/ with images")
+        return ImageDataset(name, _decode(folder, files, data_dir, size), None, None, None, ())
+    train_files, train_labels, classes = _class_files(folder / "train")
+    check(bool(train_files), f"--dataset {folder}: no images in {folder}/train/<class>/")
+    if not (folder / "test").is_dir():
+        images = _decode(folder, train_files, data_dir, size)
+        return ImageDataset(name, images, torch.tensor(train_labels), None, None, classes)
+    test_files, test_labels, test_classes = _class_files(folder / "test")
+    check(bool(test_files), f"--dataset {folder}: no images in {folder}/test/<class>/")
+    unknown = sorted(set(test_classes) - set(classes))
+    check(not unknown, f"--dataset {folder}: test/ has classes that train/ lacks: {', '.join(unknown)}")
+    test_labels = [classes.index(test_classes[label]) for label in test_labels]
+    images = _decode(folder, train_files + test_files, data_dir, size)
+    train, test = images[: len(train_files)], images[len(train_files) :]
+    return ImageDataset(name, train, torch.tensor(train_labels), test, torch.tensor(test_labels), classes)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Every file in `folder` but hidden ones, sorted by name. What is no image is found on decoding, and named."""
+    ignored = {"thumbs.db", "desktop.ini"}
+    entries = [e for e in os.scandir(folder) if e.is_file() and e.name[0] != "." and e.name.lower() not in ignored]
+    return sorted(Path(entry.path) for entry in entries)
+
+
+def _class_files(split: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """The files of split/<class>/*, the class index of each, and the sorted names of classes that have any."""
+    folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    per_class = {folder.name: files for folder in folders if (files := _image_files(folder))}
+    labels = [label for label, files in enumerate(per_class.values()) for _ in files]
+    return [file for files in per_class.values() for file in files], labels, tuple(per_class)
+
+
+def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
+    """Decode files to uint8 (N, 3, size, size), once: the result is cached under a key of every path, length and time."""
+    key = hashlib.sha256(f"1 {size}".encode())
+    for file in files:
+        stat = file.stat()
+        key.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    cache = data_dir / "cache" / f"{folder.resolve().name}-{size}px-{key.hexdigest()[:16]}.pt"
+    if cache.is_file():
+        with contextlib.suppress(Exception):  # a damaged cache is decoded afresh, and overwritten
+            images = torch.load(cache, weights_only=True, mmap=True)
+            if images.shape == (len(files), 3, size, size) and images.dtype == torch.uint8:
+                return images
+    print(f"decoding {len(files):,} images of {folder} (once; kept in {cache})", flush=True)
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files, chunksize=64)):
+            images[i] = torch.tensor(pixels).permute(2, 0, 1)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_torch(cache, images)
+    except OSError as error:
+        print(f"note: the decoded images could not be kept in {cache} ({error.strerror})", file=sys.stderr)
+    return images
+
+
+def read_image(file: Path, size: int) -> np.ndarray:
+    """Decode one image file of any mode and orientation to RGB, uint8 (size, size, 3): scaled, then cropped centrally.
+
+    Raises UserError that names the file when it is no image, is damaged, or is absurdly large.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > 50_000_000:  # before any pixel is decoded
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            image.draft("RGB", (size, size))  # a JPEG decoder may shrink by 2, 4 or 8 as it reads
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip, not scale
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.mode in ("P", "PA", "LA", "RGBA"):  # a transparent pixel's colour is arbitrary: show white
+                rgba = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            rgb = upright.convert("RGB")
+            return np.asarray(rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        reason = str(error).replace(str(file), "the file")
+        raise UserError(f"{file} is not an image that can be read ({reason}): replace or remove it") from None
+
+
+def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Indices, int64 (M,), sorted, of `fraction` of each class (rounded, at least one image), fixed by the seed.
+
+    Used for the validation split and for few-label subsets. labels: int64 (N,). Raises ValueError unless 0 < fraction <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        count = max(1, round(fraction * len(members)))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def complement(indices: Tensor, n: int) -> Tensor:
+    """The indices of 0...n-1, int64, sorted, that are not in `indices`."""
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[indices] = False
+    return rest.nonzero().flatten()
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, float32 (C,), in units of 1 = white. images: uint8 (N, C, H, W).
+
+    From a histogram of the 256 values: exact, and no float copy of the set. A constant channel has deviation 1.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
+    p = torch.stack(counts) / counts[0].sum()  # (C, 256)
+    mean = p @ levels
+    std = ((p @ levels**2) - mean**2).clamp_min(0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Each channel to mean 0 and deviation 1. uint8, or float in [0, 1]: (B, C, H, W) -> float32 (B, C, H, W)."""
+    scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+    return (images * (scale / std).view(-1, 1, 1)).sub_((mean / std).view(-1, 1, 1))
+
+
+class Batches:
+    """Batches as slices of tensors that already lie on the device: no worker processes, no per-image Python.
+
+    Yields tuples of tensors (B, ...). With a `seed`, the order is a new permutation in every epoch, decided by
+    (seed, epoch) alone, so that a resumed run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(self, *tensors: Tensor, batch_size: int, seed: int | None = None, drop_last: bool = False) -> None:
+        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        n = len(self.tensors[0])
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        n = len(self.tensors[0])
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+            order = torch.randperm(n, generator=generator).to(self.tensors[0].device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            stop = min(start + self.batch_size, n)
+            index: Any = slice(start, stop) if self.seed is None else order[start:stop]
+            yield tuple(tensor[index] for tensor in self.tensors)
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, such as (seed, epoch, rank)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# NT-Xent
+# ------------------------------------------------------------------------------------------------
+
+
+def nt_xent_loss(embeddings: Tensor, temperature: float = 0.5) -> Tensor:
+    """SimCLR's loss, Eq. 1 and Algorithm 1 of Chen et al. 2020 (arXiv 2002.05709), averaged over all 2N anchors.
+
+        l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum over k != i of exp(sim(z_i, z_k) / tau) )
+
+    embeddings: (2N, D), any float type; rows i and i + N are the two views of image i, and need not be normalised.
+    temperature: tau > 0. Returns a scalar, computed in float32 (float64 stays float64), also under autocast.
+    The positive stands once in the denominator. Raises ValueError for an odd number of rows or a temperature <= 0.
+    """
+    if embeddings.ndim != 2 or len(embeddings) % 2 or len(embeddings) == 0:
+        raise ValueError(f"embeddings must be (2N, D) with N >= 1, got {tuple(embeddings.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    two_n = len(embeddings)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)  # (2N, D)
+        logits = (z / temperature) @ z.T  # (2N, 2N): sim(z_i, z_k) / tau, cosine similarity
+        logits.fill_diagonal_(-torch.inf)  # k != i
+        positive = torch.arange(two_n, device=z.device).roll(two_n // 2)  # i's positive is i + N, and i + N's is i
+        return F.cross_entropy(logits, positive)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training with Lightning
+# ------------------------------------------------------------------------------------------------
+
+
+def resolve_device(accelerator: str) -> str:
+    """'cuda', 'mps' or 'cpu'. Raises UserError for an accelerator this machine does not have."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if accelerator == "auto":
+        return next(device for device, present in here.items() if present)
+    check(here[accelerator], f"--accelerator {accelerator}: PyTorch finds none on this machine; leave it out or take cpu")
+    return accelerator
+
+
+def resolve_precision(precision: str, device: str) -> Literal["32-true", "bf16-mixed"]:
+    """Lightning's name for a --precision. auto is bfloat16 on CUDA GPUs since Ampere and on CPUs with AMX."""
+    if precision == "auto":
+        if device == "cuda":
+            precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "32"
+        else:
+            precision = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "32"
+    return "bf16-mixed" if precision == "bf16" else "32-true"
+
+
+class SafeCheckpoints(TorchCheckpointIO):
+    """Checkpoints appear whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_torch(Path(path), checkpoint)
+
+
+class EpochSeed(Callback):
+    """Each epoch's order, augmentation and dropout follow from (seed, epoch) alone: a resumed run repeats them."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        torch.manual_seed(mix_seed(self.seed, trainer.current_epoch, trainer.global_rank))
+        assert isinstance(trainer.train_dataloader, Batches)
+        trainer.train_dataloader.epoch = trainer.current_epoch
+
+
+class EpochLog(Callback):
+    """One row per epoch: printed as a line, kept in `rows`, written to metrics.csv and to TensorBoard.
+
+    The rows travel in the checkpoint, so that a resumed run's metrics.csv has every epoch exactly once.
+    """
+
+    def __init__(self, file: Path | None = None, quiet: bool = False) -> None:
+        self.file, self.quiet = file, quiet
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.start = self.training_end = time.perf_counter()
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.training_end = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):  # validation values are of an older epoch
+            metrics = {name: value for name, value in metrics.items() if name.startswith("train")}
+        batches = trainer.train_dataloader
+        assert isinstance(batches, Batches)
+        n = min(len(batches.tensors[0]), len(batches) * batches.batch_size)
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            **dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("train"))),
+            "learning_rate": self.learning_rate,
+            "images_per_second": round(n / (self.training_end - self.start), 1),
+            "seconds": round(time.perf_counter() - self.start, 3),
+        }
+        if not all(np.isfinite(value) for value in row.values()):
+            raise Diverged(self._diverged(trainer, row))
+        self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=int(row["epoch"]))
+        if self.file is not None:
+            write_csv(self.file, self.rows)
+        if not self.quiet:
+            pl_module.print(self._line(row, trainer.max_epochs or 0), flush=True)
+
+    def _diverged(self, trainer: lightning.Trainer, row: dict[str, float]) -> str:
+        saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+        return (
+            f"the loss stopped being finite in epoch {row['epoch']} (step {trainer.global_step}): lower --learning_rate, "
+            f"which was {row['learning_rate']:g}; last good checkpoint: {saved}"
+        )
+
+    def _line(self, row: dict[str, float], epochs: int) -> str:
+        words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+        for split in ("train", "validation", "knn"):
+            loss, accuracy = row.get(f"{split}_loss"), row.get(f"{split}_accuracy")
+            if loss is not None or accuracy is not None:
+                words.append(
+                    split.replace("knn", "k-NN")
+                    + (f" loss {loss:.4f}" if loss is not None else "")
+                    + (f" {100 * accuracy:.1f} %" if accuracy is not None else "")
+                )
+        words += [f"lr {row['learning_rate']:.2g}", f"{row['images_per_second']:,.0f} images/s"]
+        left = (epochs - row["epoch"]) * float(np.mean([r["seconds"] for r in self.rows]))
+        return "  ".join(words) + (f"  {format_time(left)} left" if left else "")
+
+
+def write_csv(file: Path, rows: list[dict[str, float]]) -> None:
+    """Write rows as CSV, whole or not at all; a column that a row lacks stays empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, text.getvalue().encode())
+
+
+def format_time(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def make_trainer(
+    config: RunConfig,
+    epochs: int,
+    callbacks: Sequence[Callback] = (),
+    *,
+    folder: Path | None = None,
+    log: EpochLog | None = None,
+    checkpoint: ModelCheckpoint | None = None,
+    check_val_every_n_epoch: int = 1,
+) -> lightning.Trainer:
+    """A Lightning trainer that is quiet, seeded per epoch, and writes into `folder` (TensorBoard) if it is given.
+
+    Progress bar on a terminal only; the epoch lines come from `log`.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    quiet_libraries()
+    device = resolve_device(config.accelerator)
+    on_terminal = sys.stdout.isatty() and not (log and log.quiet)
+    extra = [log, checkpoint, TQDMProgressBar(leave=False) if on_terminal else None]
+    return lightning.Trainer(
+        accelerator=device,
+        devices=1,
+        precision=resolve_precision(config.precision, device),
+        max_epochs=epochs,
+        callbacks=[EpochSeed(config.seed), *callbacks, *(callback for callback in extra if callback is not None)],
+        plugins=[SafeCheckpoints()],
+        logger=TensorBoardLogger(folder, name="", version="tensorboard") if folder else False,
+        enable_checkpointing=checkpoint is not None,
+        enable_progress_bar=on_terminal,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=check_val_every_n_epoch,
+        log_every_n_steps=1,
+    )
+
+
+def quiet_libraries() -> None:
+    """Silence, at their cause, the messages that a user can do nothing about."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and which accelerators were found
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's use of PyTorch
+
+
+def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
+    """`trainer.fit`, from `checkpoint` if that file exists; Ctrl-C stays KeyboardInterrupt (Lightning exits instead)."""
+    try:
+        trainer.fit(module, ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None, weights_only=True)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
+class Classification(lightning.LightningModule):
+    """Cross-entropy training of `model` on (inputs, labels); measures loss and accuracy on the held-out batches too.
+
+    Subclasses say what the model sees (`forward`) and how it is optimised (`configure_optimizers`).
+    `held_out` names the second split in the metrics: "validation" or "test".
+    """
+
+    def __init__(self, model: nn.Module, train: Batches, evaluate: Batches, held_out: str = "validation") -> None:
+        super().__init__()
+        self.model, self.train_batches, self.evaluate_batches, self.held_out = model, train, evaluate, held_out
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+    def train_dataloader(self) -> Batches:
+        return on_device(self.train_batches, self.device)
+
+    def val_dataloader(self) -> Batches:
+        return on_device(self.evaluate_batches, self.device)
+
+    def _step(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
+        inputs, labels = batch
+        logits = self(inputs)
+        loss = F.cross_entropy(logits.float(), labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        values = {f"{split}_loss": loss.detach(), f"{split}_accuracy": accuracy}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(labels), logger=False)
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, self.held_out)
+
+
+def on_device(batches: Batches, device: torch.device) -> Batches:
+    """The same batches with their tensors moved to `device`, once and for the whole run."""
+    batches.tensors = tuple(tensor.to(device) for tensor in batches.tensors)
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, device: str, precision: str = "32-true", batch_size: int = 500
+) -> Tensor:
+    """The representations h = f(x) of un-augmented images, in eval mode: uint8 (N, C, H, W) -> float32 (N, D) on the CPU.
+
+    Compute them once; k-NN, linear probe and t-SNE all read them. The encoder's mode is put back afterwards.
+    """
+    was_training = encoder.training
+    encoder.eval().to(device)
+    mean, std = mean.to(device), std.to(device)
+    features = []
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        for (batch,) in Batches(images, batch_size=batch_size):
+            x = normalize(batch.to(device), mean, std).contiguous(memory_format=torch.channels_last)
+            features.append(encoder(x).float().cpu())
+    encoder.train(was_training)
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int = 200, temperature: float = 0.1, block: int = 512
+) -> Tensor:
+    """Weighted k-nearest-neighbour classification by cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4).
+
+    Each of the k nearest images in the bank votes for its class with weight exp(similarity / temperature).
+    queries (Q, D), bank (N, D), bank_labels int64 (N,) -> predicted classes int64 (Q,). k is at most N.
+    Works through `block` queries at a time: memory grows with block * N, not Q * N.
+    """
+    bank, k = F.normalize(bank.float(), dim=1), min(k, len(bank))
+    predictions = []
+    for part in queries.split(block):
+        similarity = F.normalize(part.float(), dim=1) @ bank.T  # (block, N)
+        nearest, index = similarity.topk(k, dim=1)  # (block, k)
+        votes = torch.zeros(len(part), num_classes, device=bank.device)
+        votes.scatter_add_(1, bank_labels[index], (nearest / temperature).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def accuracy_per_class(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
+    """The fraction of each class's images that were recognised; None for a class without images. Both int64 (N,)."""
+    right = (predictions == labels).float()
+    return {
+        name: float(right[labels == i].mean()) if (labels == i).any() else None for i, name in enumerate(classes)
+    }
+
+
+def print_per_class(per_class: dict[str, float | None]) -> None:
+    """Print the accuracy of each class, best first, and name the worst three."""
+    ranked = sorted(((v, name) for name, v in per_class.items() if v is not None), reverse=True)
+    width = max(len(name) for _, name in ranked)
+    if len(ranked) <= 20:
+        for value, name in ranked:
+            print(f"    {name:{width}}  {100 * value:5.1f} %  {'#' * round(30 * value)}")
+    print("  hardest classes: " + ", ".join(f"{name} {100 * value:.1f} %" for value, name in reversed(ranked[-3:])))
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    """A matplotlib figure of `columns` axes side by side, sizes in inches. No pyplot, no display, no global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis in np.atleast_1d(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Save as PNG and print its path."""
+    buffer: IO[bytes] = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    buffer.seek(0)
+    write_atomically(file, buffer.read())
+    print(f"  figure {file}")
+
+
+def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Path, title: str) -> None:
+    """Loss and accuracy of the training (dashed) and held-out (solid) images over the epochs; a colour per run."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, axes = new_figure(10, 4, columns=2)
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for i, (name, rows) in enumerate(runs.items()):
+            epochs = [row["epoch"] for row in rows]
+            label, marker = (f"{name}, " if len(runs) > 1 else ""), "o" if len(rows) <= 10 else ""
+            for split, style in (("train", "--"), (held_out, "-")):
+                values = [row[f"{split}_{quantity}"] for row in rows]
+                axis.plot(epochs, values, style, color=f"C{i}", label=label + split, marker=marker, markersize=4)
+        axis.set(xlabel="epoch", ylabel=quantity)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    save_figure(figure, file)
+
+
+def plot_confusion_matrix(predictions: Tensor, labels: Tensor, classes: Sequence[str], file: Path, title: str) -> None:
+    """Rows are true classes, columns predicted ones; each row in percent of the class. predictions, labels: int64 (N,)."""
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+    many = len(classes) > 20  # then numbers and names would not be legible
+    matrix = 100 * confusion_matrix(labels, predictions, labels=range(len(classes)), normalize="true")
+    figure, axis = new_figure(7.4, 6.4)
+    display = ConfusionMatrixDisplay(matrix, display_labels=None if many else classes)
+    display.plot(ax=axis, cmap="Blues", values_format=".0f", include_values=not many, colorbar=False, im_kw={"vmin": 0})
+    axis.set(title=f"{title}, % of each class", xlabel="predicted", ylabel="true")
+    axis.spines[["top", "right"]].set_visible(True)
+    if many:
+        axis.set(xticks=[], yticks=[])
+    else:
+        axis.tick_params(axis="x", rotation=45 if max(map(len, classes)) > 3 else 0)
+    save_figure(figure, file)
+
+
+def plot_tsne(points: np.ndarray, labels: Tensor, classes: Sequence[str], file: Path, title: str) -> None:
+    """A scatter of two-dimensional points, a colour per class. points (N, 2), labels int64 (N,)."""
+    from matplotlib import colormaps
+
+    figure, axis = new_figure(8.2, 6.6)
+    colors = colormaps["tab10" if len(classes) <= 10 else "gist_ncar"]
+    for i, name in enumerate(classes):
+        color = colors(i if len(classes) <= 10 else i / len(classes))
+        chosen = (labels == i).numpy()
+        axis.scatter(*points[chosen].T, s=max(2, min(14, 20000 / len(points))), color=color, alpha=0.7, lw=0, label=name)
+    if len(classes) <= 20:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2.5)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.spines[["left", "bottom"]].set_visible(False)
+    save_figure(figure, file)

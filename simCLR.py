@@ -1,0 +1,733 @@
+"""SimCLR: learn to see from images without labels, then measure what was learned.
+
+T. Chen, S. Kornblith, M. Norouzi, G. Hinton: A Simple Framework for Contrastive Learning of Visual
+Representations, ICML 2020 (arXiv 2002.05709). "The paper" below; sections and equations are its own.
+
+    python simCLR.py                                       # CIFAR-10: pretrain, k-NN, linear probe, t-SNE
+    python simCLR.py --dataset digits --config configs/digits.yaml        # three minutes on two CPU cores
+    python simCLR.py --stages knn,probe --checkpoint runs/.../encoder.pt  # measure an encoder again
+    python simCLR.py --resume                              # continue the newest run where it was interrupted
+
+One step of training, with the paper's letters (Section 2.1, Figure 2):
+
+    x  --t ~ T-->  two views  --f(.)-->  representations h  --g(.)-->  embeddings z  -->  NT-Xent loss
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import functions as fn
+from functions import Batches, ImageDataset, RunConfig, UserError, check, nt_xent_loss
+
+STAGES = ("pretrain", "knn", "probe", "tsne")
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: every field is a flag
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(RunConfig):
+    """SimCLR's settings. Defaults follow the paper's CIFAR-10 experiments (Appendix B.9) unless noted."""
+
+    stages: str = "pretrain,knn,probe,tsne"
+    """what to do, comma-separated: pretrain, knn, probe, tsne"""
+    checkpoint: str | None = None
+    """encoder.pt, or a checkpoint of a run, for stages without pretrain"""
+    baselines: bool = True
+    """also measure raw pixels and the untrained encoder"""
+    label_fraction: float = 1.0
+    """share of each class's training labels that k-NN and probe may use"""
+
+    encoder: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """f(.), the base encoder (the paper: resnet50)"""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """first layers: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is torchvision's own"""
+    hidden_dim: int = 512
+    """width of the projection head's hidden layer"""
+    embedding_dim: int = 128
+    """length of the embedding z"""
+
+    crop_scale: float = 0.08
+    """smallest share of the image's area that a random crop keeps"""
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    jitter_strength: float = 0.5
+    """s, the strength of the colour jitter (the paper: 1 for ImageNet, 0.5 for CIFAR)"""
+    jitter: float = 0.8
+    """probability of colour jitter"""
+    grayscale: float = 0.2
+    """probability of dropping colour"""
+    blur: float = 0.0
+    """probability of Gaussian blur (the paper: 0.5 for ImageNet, none for CIFAR)"""
+
+    epochs: int = 300
+    """passes over the images in pretraining"""
+    batch_size: int = 512
+    """N, images per batch: each view sees 2(N - 1) negatives"""
+    temperature: float = 0.5
+    """tau in NT-Xent"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd with momentum 0.9, or adam (the paper: LARS, which matters for batches above 4096)"""
+    learning_rate: float = 0.06
+    """for a batch of 256; what is used is learning_rate * batch_size / 256, as in the paper"""
+    weight_decay: float = 5e-4
+    """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
+    warmup_epochs: int = 10
+    """epochs of linear warm-up before the cosine decay, at most a tenth of all epochs"""
+    knn_every: int = 1
+    """epochs between k-NN checks on held-out training images"""
+
+    knn_k: int = 200
+    """neighbours that vote in k-NN"""
+    knn_temperature: float = 0.1
+    """tau of the votes' weights in k-NN"""
+    probe: Literal["sgd", "lbfgs"] = "sgd"
+    """how the linear probe is trained: step by step with curves, or to the optimum of logistic regression"""
+    probe_epochs: int = 100
+    """epochs of the linear probe"""
+    probe_batch_size: int = 512
+    """images per batch of the linear probe"""
+    probe_learning_rate: float = 0.1
+    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
+
+    def validate(self) -> None:
+        super().validate()
+        for flag in ("epochs", "hidden_dim", "embedding_dim", "knn_every", "knn_k", "probe_epochs"):
+            check(getattr(self, flag) >= 1, f"--{flag} must be at least 1, got {getattr(self, flag)}")
+        for flag in ("batch_size", "probe_batch_size"):
+            check(getattr(self, flag) >= 2, f"--{flag} must be at least 2, got {getattr(self, flag)}")
+        for flag in ("flip", "jitter", "grayscale", "blur"):
+            check(0 <= getattr(self, flag) <= 1, f"--{flag} is a probability, from 0 to 1, got {getattr(self, flag)}")
+        for flag in ("crop_scale", "label_fraction"):
+            check(0 < getattr(self, flag) <= 1, f"--{flag} must be above 0 and at most 1, got {getattr(self, flag)}")
+        for flag in ("temperature", "knn_temperature", "learning_rate", "probe_learning_rate"):
+            value = getattr(self, flag)
+            check(0 < value < math.inf, f"--{flag} must be a positive number, got {value}")
+        check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        check(self.warmup_epochs >= 0, f"--warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+        check(0 <= self.jitter_strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {self.jitter_strength}")
+        if "pretrain" not in self.stages_list:
+            check(self.checkpoint is not None, f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)")
+        else:
+            check(self.checkpoint is None, "--checkpoint is for stages after pretrain: leave it out, or pretrain out of --stages")
+
+    @property
+    def stages_list(self) -> list[str]:
+        """The stages in the order they run. Raises UserError for an unknown one."""
+        wanted = [stage.strip() for stage in self.stages.split(",")]
+        unknown = [stage for stage in wanted if stage not in STAGES]
+        check(not unknown, f"--stages: unknown stage {', '.join(map(repr, unknown))}; choose from {','.join(STAGES)}")
+        return [stage for stage in STAGES if stage in wanted]
+
+
+# ------------------------------------------------------------------------------------------------
+# Section 3, Appendix A: data augmentation, t ~ T
+#
+# Functions of a whole batch, float32 (B, 3, H, W) with values in [0, 1], on the batch's own device. Every image
+# draws its own parameters. An image whose coin says no gets the neutral parameter, so that nothing branches.
+# Each has the distribution of torchvision's transform of the same name.
+# ------------------------------------------------------------------------------------------------
+
+
+def uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
+    """(n,) independent draws from U(low, high)."""
+    return torch.empty(n, device=device).uniform_(low, high)
+
+
+def crop_boxes(n: int, height: int, width: int, min_scale: float, device: torch.device) -> tuple[Tensor, ...]:
+    """n random boxes (top, left, height, width), float32 (n,) whole pixels.
+
+    Area uniform in [min_scale, 1] of the image's, aspect ratio log-uniform in [3/4, 4/3]; the first of ten draws that
+    fits is taken, the whole image if none does (torchvision: its largest central part, the same for square images).
+    """
+    area = height * width * uniform(10 * n, min_scale, 1, device).view(n, 10)
+    ratio = uniform(10 * n, math.log(3 / 4), math.log(4 / 3), device).view(n, 10).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (n, 10)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first, some = fits.int().argmax(1, keepdim=True), fits.any(1)
+    w = torch.where(some, w.gather(1, first).squeeze(1), width)
+    h = torch.where(some, h.gather(1, first).squeeze(1), height)
+    top = (uniform(n, 0, 1, device) * (height - h + 1)).floor()
+    left = (uniform(n, 0, 1, device) * (width - w + 1)).floor()
+    return top, left, h, w
+
+
+def resize_weights(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
+    """Bilinear, anti-aliased resizing of the pixels [start, start + length) of a line to size_out, as a matrix.
+
+    start, length: (B,) -> float32 (B, size_out, size_in); each row holds the weights of one output pixel.
+    """
+    step = (length / size_out).view(-1, 1, 1)  # input pixels per output pixel
+    pixel = torch.arange(size_in, device=start.device) + 0.5
+    centre = (torch.arange(size_out, device=start.device) + 0.5).view(1, -1, 1) * step + start.view(-1, 1, 1)
+    weights = (1 - (pixel - centre).abs() / step.clamp_min(1)).clamp_min_(0)  # a triangle around the centre
+    inside = (pixel > start.view(-1, 1, 1)) & (pixel < (start + length).view(-1, 1, 1))
+    weights = weights * inside
+    return weights / weights.sum(2, keepdim=True)
+
+
+def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: float) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size). Crop, resize and flip are two small matrices per image: rows @ x @ columns."""
+    top, left, h, w = crop_boxes(len(x), x.shape[2], x.shape[3], min_scale, x.device)
+    rows = resize_weights(top, h, x.shape[2], size)  # (B, size, H)
+    columns = resize_weights(left, w, x.shape[3], size)  # (B, size, W)
+    flipped = (uniform(len(x), 0, 1, x.device) < flip).view(-1, 1, 1)
+    columns = torch.where(flipped, columns.flip(1), columns).transpose(1, 2)
+    return torch.stack([rows @ channel @ columns for channel in x.unbind(1)], dim=1)
+
+
+def luminance(x: Tensor) -> Tensor:
+    """Grey level of RGB, ITU-R 601: (B, 3, H, W) -> (B, 1, H, W)."""
+    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]).unsqueeze(1)
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn every colour around the HSV colour wheel by `shift` (B,) turns, keeping value and chroma. (B, 3, H, W)."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    c = chroma.clamp_min(1e-12)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4))
+    hue = hue + 6 * shift.view(-1, 1, 1)  # in sixths of a turn
+    k = torch.stack([hue + 5, hue + 3, hue + 1], dim=1).remainder_(6)
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
+    """Appendix A: ColorJitter(0.8 s, 0.8 s, 0.8 s, 0.2 s) with probability p, its four parts in random order.
+
+    Brightness, contrast and saturation blend an image with black, its mean grey, and its own grey version. Hue turns
+    before the 1st, 2nd or 3rd blend of an image, or after the last: a random quarter of the batch each.
+    """
+    n, device = len(x), x.device
+    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    jittered = uniform(n, 0, 1, device) < p
+    factors = torch.where(jittered.view(-1, 1), uniform(3 * n, low, high, device).view(n, 3), 1.0)
+    shift = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
+    order = torch.rand(n, 3, device=device).argsort(1)  # which blend comes 1st, 2nd, 3rd
+    quarters = torch.randperm(n, device=device).tensor_split(4)
+
+    for turn in range(4):
+        quarter = quarters[turn]
+        x[quarter] = shift_hue(x[quarter], shift[quarter])
+        if turn == 3:
+            return x
+        kind = order[:, turn].view(-1, 1, 1, 1)  # 0 brightness, 1 contrast, 2 saturation
+        factor = factors.gather(1, order[:, turn : turn + 1]).view(-1, 1, 1, 1)
+        grey = luminance(x)
+        other = grey.mean((2, 3), keepdim=True) * (kind == 1) + grey * (kind == 2)
+        x = (x * factor).add_((1 - factor) * other).clamp_(0, 1)
+    return x
+
+
+def random_grayscale(x: Tensor, p: float) -> Tensor:
+    """Replace an image by its grey version with probability p. (B, 3, H, W)."""
+    dropped = (uniform(len(x), 0, 1, x.device) < p).view(-1, 1, 1, 1)
+    return torch.where(dropped, luminance(x), x)
+
+
+def gaussian_blur(x: Tensor, p: float) -> Tensor:
+    """Appendix A: blur with probability p, sigma ~ U(0.1, 2), kernel a tenth of the side (odd, at least 3). (B, 3, H, W)."""
+    radius = max(1, int(0.1 * x.shape[2]) // 2)
+    sigma = uniform(len(x), 0.1, 2.0, x.device)
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.view(-1, 1)) ** 2, dim=1)  # (B, K), sums to 1
+    blurred = uniform(len(x), 0, 1, x.device) < p
+    kernel = torch.where(blurred.view(-1, 1), kernel, (offsets == 0).float())
+    padded = nn.functional.pad(x, [radius] * 4, mode="reflect")
+    for axis in (2, 3):  # a Gaussian is separable: down the columns, then along the rows
+        taps = [
+            kernel[:, i].view(-1, 1, 1, 1) * padded.narrow(axis, i, x.shape[axis]) for i in range(2 * radius + 1)
+        ]
+        padded = torch.stack(taps).sum(0)
+    return padded
+
+
+def two_views(images: Tensor, config: Config) -> Tensor:
+    """Two random views of each image, in [0, 1]: uint8 (N, 3, H, W) -> float32 (2N, 3, H, W); i and i + N are a pair."""
+    with torch.autocast(images.device.type, enabled=False):  # colours keep their float32
+        x = images.float().div_(255).repeat(2, 1, 1, 1)
+        x = random_resized_crop_and_flip(x, x.shape[2], config.crop_scale, config.flip)
+        x = color_jitter(x, config.jitter_strength, config.jitter) if config.jitter and config.jitter_strength else x
+        x = random_grayscale(x, config.grayscale) if config.grayscale else x
+        return gaussian_blur(x, config.blur) if config.blur else x
+
+
+# ------------------------------------------------------------------------------------------------
+# Section 2.1: encoder f(.) and projection head g(.)
+# ------------------------------------------------------------------------------------------------
+
+
+def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Module, int]:
+    """(encoder, feature_dim): a ResNet without its classifier, images (B, 3, H, W) -> h (B, feature_dim).
+
+    The cifar stem replaces the 7x7 stride-2 convolution and max-pool by a 3x3 stride-1 convolution (Appendix B.9).
+    Raises UserError for an unknown name or stem.
+    """
+    from torchvision import models
+
+    known = {"resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50}
+    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
+    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
+    encoder: Any = known[name](weights=None)
+    feature_dim = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    if stem == "cifar":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
+        encoder.maxpool = nn.Identity()
+    return encoder.to(memory_format=torch.channels_last), feature_dim
+
+
+class SimCLRModel(nn.Module):
+    """z = g(f(x)): images (B, 3, H, W) -> embeddings (B, embedding_dim). Evaluation uses h = f(x) (Section 4.2)."""
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 512, embedding_dim: int = 128) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection_head = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim, bias=False),  # BatchNorm's own bias follows
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, embedding_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)  # (B, feature_dim)
+        return self.projection_head(h)  # (B, embedding_dim)
+
+    def get_encoder(self) -> nn.Module:
+        """f(.) alone: images (B, 3, H, W) -> h (B, feature_dim)."""
+        return self.encoder
+
+
+# ------------------------------------------------------------------------------------------------
+# Algorithm 1: pretraining
+# ------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 1/warmup_steps to 1, then cosine decay to 0 at total_steps, without restarts (Section 2.2)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+class Pretraining(lightning.LightningModule):
+    """Algorithm 1 on unlabelled images, with a k-NN check on held-out labelled ones (`monitor`) when there are any.
+
+    monitor: (bank images, bank labels, query images, query labels, number of classes), all from the training set.
+    """
+
+    def __init__(self, model: SimCLRModel, images: Tensor, monitor: tuple[Any, ...] | None, config: Config) -> None:
+        super().__init__()
+        self.model, self.config, self.monitor = model, config, monitor
+        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True)
+        mean, std = fn.channel_statistics(images)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.features: list[Tensor] = []
+
+    def train_dataloader(self) -> Batches:
+        return fn.on_device(self.batches, self.device)
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        (images,) = batch  # uint8 (N, 3, H, W)
+        x = fn.normalize(two_views(images, self.config), self.mean, self.std)  # (2N, 3, H, W)
+        z = self.model(x.contiguous(memory_format=torch.channels_last))  # (2N, embedding_dim)
+        loss = nt_xent_loss(z, self.config.temperature)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), logger=False)
+        return loss
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        if self.monitor is None:
+            return []
+        bank, _, queries, _, _ = self.monitor
+        return Batches(torch.cat([bank, queries]).to(self.device), batch_size=500)
+
+    def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
+        x = fn.normalize(batch[0], self.mean, self.std).contiguous(memory_format=torch.channels_last)
+        self.features.append(self.model.get_encoder()(x).float())
+
+    def on_validation_epoch_end(self) -> None:
+        if self.monitor is None:
+            return
+        bank, labels, _, query_labels, num_classes = self.monitor
+        h = torch.cat(self.features)
+        self.features.clear()
+        config = self.config
+        predicted = fn.knn_predict(
+            h[len(bank) :], h[: len(bank)], labels.to(h.device), num_classes, config.knn_k, config.knn_temperature
+        )
+        accuracy = (predicted.cpu() == query_labels).float().mean()
+        self.log("knn_accuracy", accuracy, logger=False)
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        rate = actual_learning_rate(config)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]  # biases and BatchNorm
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
+        else:
+            optimizer = torch.optim.Adam(groups, lr=rate)
+        warmup, total = warmup_epochs(config) * len(self.batches), config.epochs * len(self.batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, round(warmup), total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def actual_learning_rate(config: Config) -> float:
+    """The paper's linear scaling rule (Section 2.2): learning_rate * batch_size / 256."""
+    return config.learning_rate * config.batch_size / 256
+
+
+def warmup_epochs(config: Config) -> float:
+    """The epochs of warm-up: as configured, but at most a tenth of a short training."""
+    return min(config.warmup_epochs, config.epochs / 10)
+
+
+def knn_monitor(data: ImageDataset, seed: int) -> tuple[Any, ...] | None:
+    """Up to 5,000 bank and 1,000 query images with labels, stratified, from the training set; None without labels."""
+    images, labels = data.train_images, data.train_labels
+    if labels is None or len(data.classes) < 2 or len(labels) < 2 * len(data.classes):
+        return None
+    queries = fn.stratified_subset(labels, min(0.1, 1000 / len(labels)), seed)
+    rest = fn.complement(queries, len(labels))
+    bank = rest[fn.stratified_subset(labels[rest], min(1.0, 5000 / len(rest)), seed)]
+    return images[bank], labels[bank], images[queries], labels[queries], len(data.classes)
+
+
+def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
+    """Train `model` in place on the training images (and the unlabelled ones); returns the `pretrain` part of results."""
+    images = data.train_images if data.unlabelled_images is None else data.unlabelled_images
+    module = Pretraining(model, images, knn_monitor(data, config.seed), config)
+    log = fn.EpochLog(folder / "metrics.csv")
+    checkpoint = ModelCheckpoint(folder / "checkpoints", save_top_k=0, save_last=True, save_on_train_epoch_end=True)
+    trainer = fn.make_trainer(
+        config, config.epochs, folder=folder, log=log, checkpoint=checkpoint, check_val_every_n_epoch=config.knn_every
+    )
+    steps, rate = len(module.batches), actual_learning_rate(config)
+    print(
+        f"pretraining on {len(images):,} images without labels: batch {config.batch_size} "
+        f"({2 * (config.batch_size - 1):,} negatives per view), {steps} steps an epoch\n"
+        f"{config.optimizer}, learning rate {config.learning_rate:g} x {config.batch_size}/256 = {rate:g}, "
+        f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine",
+        flush=True,
+    )
+    fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
+    fn.save_torch(folder / "encoder.pt", {k: v.cpu() for k, v in model.get_encoder().state_dict().items()})
+    seconds = sum(row["seconds"] for row in log.rows)
+    plot_pretraining(log.rows, folder / "pretraining.png")
+    return {
+        "epochs": len(log.rows),
+        "steps": len(log.rows) * steps,
+        "seconds": round(seconds, 1),
+        "pairs_per_second": round(float(torch.tensor([r["images_per_second"] for r in log.rows]).median()), 1),
+        "final_loss": log.rows[-1]["train_loss"],
+    }
+
+
+def load_encoder(encoder: nn.Module, file: Path) -> None:
+    """Load weights from an encoder.pt or a checkpoint of this script. Data only, never code. Raises UserError."""
+    check(file.is_file(), f"--checkpoint {file}: no such file")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can fail in many ways
+        raise UserError(f"--checkpoint {file} is damaged, or no checkpoint at all: take another file") from None
+    if isinstance(state, dict) and "state_dict" in state:
+        prefix = "model.encoder."
+        state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
+    expected = {name: value.shape for name, value in encoder.state_dict().items()}
+    if not isinstance(state, dict) or {name: getattr(value, "shape", None) for name, value in state.items()} != expected:
+        raise UserError(f"--checkpoint {file} is of another encoder: give the --encoder and --stem it was trained with")
+    encoder.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# Section 4 and Appendix B: what did it learn? k-NN and linear probe on the frozen representation h
+# ------------------------------------------------------------------------------------------------
+
+
+class LinearClassifier(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder: no gradient, BatchNorm in eval mode.
+
+    `classifier` is what the probe trains.
+    """
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> LinearClassifier:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.classifier(h)
+
+
+class Probe(fn.Classification):
+    """A linear classifier on features (B, D), trained by SGD with momentum and a cosine schedule."""
+
+    def __init__(self, model: nn.Linear, train: Batches, test: Batches, learning_rate: float, epochs: int) -> None:
+        super().__init__(model, train, test, held_out="test")
+        self.learning_rate, self.epochs = learning_rate, epochs
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(self.train_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass
+class Features:
+    """What one encoder makes of the labelled images: h float32 (N, D) and labels int64 (N,) of both splits."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+
+def train_probe(classifier: nn.Linear, features: Features, config: Config) -> list[dict[str, float]]:
+    """Train `classifier` in place on features.train; returns the rows of its training curves (none for lbfgs).
+
+    The features are standardised for training and the scaling is then folded into the classifier's weights: still a
+    linear classifier of h, reached without tuning a learning rate to each encoder. The test curve chooses nothing.
+    """
+    std, mean = torch.std_mean(features.train, dim=0)
+    std = std.clamp_min(1e-6)
+    train, test = (features.train - mean) / std, (features.test - mean) / std
+    rows: list[dict[str, float]] = []
+    if config.probe == "lbfgs":
+        from sklearn.linear_model import LogisticRegression
+
+        optimum = LogisticRegression(max_iter=1000).fit(train.numpy(), features.train_labels.numpy())
+        weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
+        if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    else:
+        torch.manual_seed(config.seed)
+        model = nn.Linear(train.shape[1], len(features.classes))
+        batch_size = min(config.probe_batch_size, len(train))
+        batches = Batches(train, features.train_labels, batch_size=batch_size, seed=config.seed)
+        held_out = Batches(test, features.test_labels, batch_size=5000)
+        log = fn.EpochLog(quiet=True)
+        trainer = fn.make_trainer(config, config.probe_epochs, log=log)
+        fn.fit(trainer, Probe(model, batches, held_out, config.probe_learning_rate, config.probe_epochs))
+        weight, bias, rows = model.weight.detach().cpu(), model.bias.detach().cpu(), log.rows
+    with torch.no_grad():
+        classifier.weight.copy_(weight / std)
+        classifier.bias.copy_(bias - (weight / std) @ mean.to(weight.dtype))
+    return rows
+
+
+def measure(features: Features, config: Config, probe: nn.Linear | None = None) -> dict[str, Any]:
+    """k-NN and linear-probe accuracy on the test images of one set of features, as the stages ask."""
+    outcome: dict[str, Any] = {}
+    if "knn" in config.stages_list:
+        predicted = fn.knn_predict(
+            features.test, features.train, features.train_labels, len(features.classes), config.knn_k, config.knn_temperature
+        )
+        outcome["knn"] = {"accuracy": accuracy(predicted, features.test_labels)}
+    if "probe" in config.stages_list:
+        classifier = probe or nn.Linear(features.train.shape[1], len(features.classes))
+        outcome["rows"] = train_probe(classifier, features, config)
+        with torch.no_grad():
+            predicted_train = classifier(features.train).argmax(1)
+            predicted = outcome["predicted"] = classifier(features.test).argmax(1)
+        outcome["probe"] = {
+            "train_accuracy": accuracy(predicted_train, features.train_labels),
+            "test_accuracy": accuracy(predicted, features.test_labels),
+            "per_class": fn.accuracy_per_class(predicted, features.test_labels, features.classes),
+        }
+    return outcome
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The fraction of right predictions; both int64 (N,)."""
+    return float((predictions == labels).float().mean())
+
+
+def evaluate(encoder: nn.Module, untrained: nn.Module, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
+    """The stages after pretraining. Features are computed once per encoder and shared by every evaluation."""
+    train_images, train_labels, test_images, test_labels = data.labelled()
+    chosen = fn.stratified_subset(train_labels, config.label_fraction, config.seed)
+    train_images, train_labels = train_images[chosen], train_labels[chosen]
+    statistics = fn.channel_statistics(data.train_images if data.unlabelled_images is None else data.unlabelled_images)
+    device = fn.resolve_device(config.accelerator)
+    precision = fn.resolve_precision(config.precision, device)
+
+    def features(f: nn.Module) -> Features:
+        train, test = (
+            fn.extract_features(f, images, *statistics, device, precision) for images in (train_images, test_images)
+        )
+        return Features(train, train_labels, test, test_labels, data.classes)
+
+    results: dict[str, Any] = {}
+    table: dict[str, dict[str, Any]] = {}
+    if config.baselines and {"knn", "probe"} & set(config.stages_list):
+        print("measuring raw pixels and the untrained encoder", flush=True)
+        table["raw pixels"] = measure(features(nn.Flatten()), config)
+        table["untrained encoder"] = measure(features(untrained), config)
+        results["baselines"] = {
+            name.replace(" ", "_"): {k: v for k, v in row.items() if k in ("knn", "probe")} for name, row in table.items()
+        }
+    print(f"measuring the pretrained encoder on {len(train_labels):,} labelled and {len(test_labels):,} test images", flush=True)
+    h = features(encoder)
+    classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(data.classes))
+    ours = table["pretrained encoder"] = measure(h, config, classifier.classifier)
+    results |= {name: ours[name] for name in ("knn", "probe") if name in ours}
+    if "probe" in ours:
+        fn.save_torch(folder / "classifier.pt", classifier.state_dict())
+        show_probe(ours, h, config, folder)
+    if "tsne" in config.stages_list:
+        show_tsne(h, config, folder)
+    if {"knn", "probe"} & set(config.stages_list):
+        print_table(table)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures and tables
+# ------------------------------------------------------------------------------------------------
+
+
+def plot_views(data: ImageDataset, config: Config, file: Path, count: int = 10) -> None:
+    """A figure of `count` training images (top row) and two random views of each."""
+    torch.manual_seed(config.seed)
+    images = data.train_images[torch.randperm(len(data.train_images))[:count]]
+    views = two_views(images, config)
+    rows = torch.stack([images / 255, *views.chunk(2)])  # (3, count, 3, H, W)
+    side, gap = rows.shape[-1], max(1, rows.shape[-1] // 16)
+    grid = torch.ones(3 * (side + gap) - gap, len(images) * (side + gap) - gap, 3)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = r * (side + gap), c * (side + gap)
+            grid[top : top + side, left : left + side] = image.permute(1, 2, 0)
+    figure, axis = fn.new_figure(10, 3.4)
+    axis.imshow(grid.clamp(0, 1).numpy(), interpolation="nearest")
+    axis.set(title="What the encoder must recognise as the same image", xticks=[])
+    axis.set_yticks([side / 2 + r * (side + gap) for r in range(3)], ["image", "view 1", "view 2"])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    fn.save_figure(figure, file)
+
+
+def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
+    """The loss, and the k-NN accuracy on held-out training images, over the epochs of pretraining."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    checked = [row for row in rows if "knn_accuracy" in row]
+    figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
+    loss_axis = axes[0] if checked else axes
+    marker = "o" if len(rows) <= 10 else ""
+    loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
+    loss_axis.set(xlabel="epoch", ylabel="NT-Xent loss", title="Pretraining, without labels")
+    loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if checked:
+        axes[1].plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
+        axes[1].set(xlabel="epoch", ylabel="k-NN accuracy", title="Held-out training images, with labels")
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes if checked else [axes]:
+        axis.grid(alpha=0.3)
+    fn.save_figure(figure, file)
+
+
+def show_probe(outcome: dict[str, Any], features: Features, config: Config, folder: Path) -> None:
+    """Print the probe's accuracy per class; draw its curves and confusion matrix."""
+    probe = outcome["probe"]
+    print(f"linear probe: train {100 * probe['train_accuracy']:.1f} %, test {100 * probe['test_accuracy']:.1f} %")
+    fn.print_per_class(probe["per_class"])
+    if outcome["rows"]:
+        fn.plot_curves({"probe": outcome["rows"]}, "test", folder / "probe.png", "Linear probe on the frozen representation")
+    fn.plot_confusion_matrix(
+        outcome["predicted"], features.test_labels, features.classes, folder / "confusion_matrix.png", "Linear probe"
+    )
+
+
+def show_tsne(features: Features, config: Config, folder: Path) -> None:
+    """t-SNE of the test images' h (van der Maaten & Hinton 2008), after PCA to 50 dimensions."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    h = nn.functional.normalize(features.test, dim=1).numpy()
+    print(f"t-SNE of {len(h):,} test images", flush=True)
+    h = PCA(min(50, *h.shape), random_state=config.seed).fit_transform(h)
+    points = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=config.seed, n_jobs=-1).fit_transform(h)
+    fn.plot_tsne(points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations")
+
+
+def print_table(table: dict[str, dict[str, Any]]) -> None:
+    """The outcome at a glance: accuracy on the test images, a row per representation."""
+    columns = [name for name in ("knn", "probe") if name in table["pretrained encoder"]]
+    print("\ntest accuracy" + " " * 10 + "".join(f"{ {'knn': 'k-NN', 'probe': 'linear'}[name]:>10}" for name in columns))
+    for name, row in table.items():
+        values = [row[c]["accuracy"] if c == "knn" else row[c]["test_accuracy"] for c in columns]
+        print(f"  {name:21}" + "".join(f"{100 * value:8.1f} %" for value in values))
+    print()
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    started = time.time()
+    data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
+    stages = config.stages_list
+    if stages != ["pretrain"]:
+        data.labelled()  # fails now rather than after hours of pretraining
+    n = len(data.train_images if data.unlabelled_images is None else data.unlabelled_images)
+    check(config.batch_size <= n, f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}")
+
+    torch.manual_seed(config.seed)
+    encoder, feature_dim = build_encoder(config.encoder, config.stem)
+    model = SimCLRModel(encoder, feature_dim, config.hidden_dim, config.embedding_dim)
+    torch.manual_seed(config.seed)
+    untrained, _ = build_encoder(config.encoder, config.stem)  # the same weights, which pretraining will not touch
+    if config.checkpoint is not None:
+        load_encoder(encoder, Path(config.checkpoint))
+
+    device = fn.resolve_device(config.accelerator)
+    print(
+        f"SimCLR on {data.name}: {len(data.train_images):,} training images of {data.train_images.shape[-1]} pixels\n"
+        f"{config.encoder}, {config.stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+        f"{device}, {fn.resolve_precision(config.precision, device)}, {torch.get_num_threads()} threads"
+    )
+    with fn.run_folder(config) as folder:
+        results: dict[str, Any] = {}
+        if "pretrain" in stages:
+            plot_views(data, config, folder / "views.png")
+            results["pretrain"] = pretrain(model, data, config, folder)
+        if stages != ["pretrain"]:
+            results |= evaluate(encoder, untrained, data, config, folder)
+        fn.save_results(folder, config, started, **results)
+        print(f"results in {folder}/results.json")
+
+
+if __name__ == "__main__":
+    fn.command_line(main, Config, __doc__)
