@@ -98,7 +98,9 @@ class OneLineParser(jsonargparse.ArgumentParser):
         message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
         message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
-        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file (see --help)", message)
+        message = re.sub(
+            r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file (see --help)", message
+        )
         raise UserError(" ".join(message.split()))
 
 
@@ -130,7 +132,9 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         saved = parser.parse_args(["--config", str(saved_file)])
         given = parser.parse_args(["--config", str(saved_file), *argv])
         differing = [k for k in vars(saved) if k not in ("config", "resume", "output_dir") and saved[k] != given[k]]
-        check(not differing, f"--resume {folder}: that run was started with another value of --{', --'.join(differing)}")
+        check(
+            not differing, f"--resume {folder}: that run was started with another value of --{', --'.join(differing)}"
+        )
         given.resume, given.output_dir = str(folder), str(folder)
     config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
     config.validate()
@@ -167,7 +171,7 @@ def newest_run(script: str, runs: Path = Path("runs")) -> Path:
     return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.rglob("*")))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all: aside, synced to disk, then renamed over the old one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -213,7 +217,9 @@ def _new_folder(script: str, config: RunConfig) -> Path:
         if config.output_dir:
             wanted.mkdir(parents=True, exist_ok=True)
             is_empty = not any(wanted.iterdir())
-            check(is_empty, f"--output_dir {wanted} is not empty: take a new folder, or continue with --resume {wanted}")
+            check(
+                is_empty, f"--output_dir {wanted} is not empty: take a new folder, or continue with --resume {wanted}"
+            )
             check(os.access(wanted, os.W_OK), f"--output_dir {wanted} cannot be written to: take another folder")
             return wanted
         for attempt in range(1000):  # two runs started in the same second get different folders
@@ -278,6 +284,11 @@ class ImageDataset:
     classes: tuple[str, ...]
     unlabelled_images: Tensor | None = None
 
+    @property
+    def pretraining_images(self) -> Tensor:
+        """The images that need no labels: the set's unlabelled ones if it has some, else the training images."""
+        return self.train_images if self.unlabelled_images is None else self.unlabelled_images
+
     def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(train images, train labels, test images, test labels). Raises UserError where the set lacks one of them."""
         if self.train_labels is None or self.test_images is None or self.test_labels is None:
@@ -319,7 +330,11 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
 
     from torchvision import datasets
 
-    archive = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "stl10": "stl10_binary.tar.gz"}
+    archive = {
+        "cifar10": "cifar-10-python.tar.gz",
+        "cifar100": "cifar-100-python.tar.gz",
+        "stl10": "stl10_binary.tar.gz",
+    }
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(8)  # torchvision sets none: without a network it could wait for ever
     try:
@@ -329,12 +344,14 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
             return ImageDataset(name, *train, *test, tuple(splits[0].classes), unlabelled[0])
         kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         splits = [kind(str(data_dir), train=is_train, download=True) for is_train in (True, False)]
-        train, test = ((torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits)
+        train, test = (
+            (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits
+        )
         return ImageDataset(name, *train, *test, tuple(splits[0].classes))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad archive
         raise UserError(
             f"--dataset {name} is not in {data_dir} and could not be downloaded ({str(error).splitlines()[0]}): put "
-            f"{archive[name]} into {data_dir}, or run without a download: python {Path(sys.argv[0]).name} --dataset digits"
+            f"{archive[name]} into {data_dir}, or run what needs no download: {Path(sys.argv[0]).name} --dataset digits"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -344,41 +361,41 @@ def _load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     """A folder of the user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
     name = str(folder)
     if not (folder / "train").is_dir():
-        files = _image_files(folder)
+        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_visible(path))
         check(bool(files), f"--dataset {folder} has neither images in it nor a folder train/<class>/ with images")
         return ImageDataset(name, _decode(folder, files, data_dir, size), None, None, None, ())
-    train_files, train_labels, classes = _class_files(folder / "train")
-    check(bool(train_files), f"--dataset {folder}: no images in {folder}/train/<class>/")
+    files, labels, classes = _class_files(folder / "train")
+    n = len(files)
     if not (folder / "test").is_dir():
-        images = _decode(folder, train_files, data_dir, size)
-        return ImageDataset(name, images, torch.tensor(train_labels), None, None, classes)
+        return ImageDataset(name, _decode(folder, files, data_dir, size), labels, None, None, classes)
     test_files, test_labels, test_classes = _class_files(folder / "test")
-    check(bool(test_files), f"--dataset {folder}: no images in {folder}/test/<class>/")
     unknown = sorted(set(test_classes) - set(classes))
     check(not unknown, f"--dataset {folder}: test/ has classes that train/ lacks: {', '.join(unknown)}")
-    test_labels = [classes.index(test_classes[label]) for label in test_labels]
-    images = _decode(folder, train_files + test_files, data_dir, size)
-    train, test = images[: len(train_files)], images[len(train_files) :]
-    return ImageDataset(name, train, torch.tensor(train_labels), test, torch.tensor(test_labels), classes)
+    test_labels = torch.tensor([classes.index(test_classes[label]) for label in test_labels])
+    images = _decode(folder, files + test_files, data_dir, size)
+    return ImageDataset(name, images[:n], labels, images[n:], test_labels, classes)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Every file in `folder` but hidden ones, sorted by name. What is no image is found on decoding, and named."""
-    ignored = {"thumbs.db", "desktop.ini"}
-    entries = [e for e in os.scandir(folder) if e.is_file() and e.name[0] != "." and e.name.lower() not in ignored]
-    return sorted(Path(entry.path) for entry in entries)
+def _is_visible(path: str | Path) -> bool:
+    """Every file counts as an image but those that systems hide: what is none is found on decoding, and named."""
+    name = Path(path).name.lower()
+    return not name.startswith(".") and name not in ("thumbs.db", "desktop.ini")
 
 
-def _class_files(split: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """The files of split/<class>/*, the class index of each, and the sorted names of classes that have any."""
-    folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
-    per_class = {folder.name: files for folder in folders if (files := _image_files(folder))}
-    labels = [label for label, files in enumerate(per_class.values()) for _ in files]
-    return [file for files in per_class.values() for file in files], labels, tuple(per_class)
+def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """The files below split/<class>/, the class of each, int64 (N,), and the names of classes that have any."""
+    from torchvision.datasets import ImageFolder
+
+    check(any(path.is_dir() for path in split.iterdir()), f"--dataset: {split} has no class folders: {split}/<class>/*")
+    found = ImageFolder(str(split), is_valid_file=_is_visible, allow_empty=True)
+    check(bool(found.samples), f"--dataset: no images in {split}/<class>/")
+    used = sorted(set(found.targets))  # an empty folder is no class
+    labels = torch.tensor([used.index(label) for label in found.targets])
+    return [Path(path) for path, _ in found.samples], labels, tuple(found.classes[label] for label in used)
 
 
 def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
-    """Decode files to uint8 (N, 3, size, size), once: the result is cached under a key of every path, length and time."""
+    """Decode files to uint8 (N, 3, size, size), once: cached under a key of every path, length and time of change."""
     key = hashlib.sha256(f"1 {size}".encode())
     for file in files:
         stat = file.stat()
@@ -421,7 +438,9 @@ def read_image(file: Path, size: int) -> np.ndarray:
                 rgba = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             rgb = upright.convert("RGB")
-            return np.asarray(rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC))
+            return np.asarray(
+                rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+            )
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = str(error).replace(str(file), "the file")
         raise UserError(f"{file} is not an image that can be read ({reason}): replace or remove it") from None
@@ -430,7 +449,7 @@ def read_image(file: Path, size: int) -> np.ndarray:
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Indices, int64 (M,), sorted, of `fraction` of each class (rounded, at least one image), fixed by the seed.
 
-    Used for the validation split and for few-label subsets. labels: int64 (N,). Raises ValueError unless 0 < fraction <= 1.
+    labels: int64 (N,). For the validation split and few-label subsets. Raises ValueError unless 0 < fraction <= 1.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
@@ -450,23 +469,29 @@ def complement(indices: Tensor, n: int) -> Tensor:
     return rest.nonzero().flatten()
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, float32 (C,), in units of 1 = white. images: uint8 (N, C, H, W).
+class Normalize(nn.Module):
+    """Each channel to mean 0 and deviation 1, measured on `images`: uint8 (N, C, H, W), the training images only.
 
-    From a histogram of the 256 values: exact, and no float copy of the set. A constant channel has deviation 1.
+    uint8, or float32 in [0, 1]: (B, C, H, W) -> float32 (B, C, H, W). A constant channel is only centred.
     """
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
-    p = torch.stack(counts) / counts[0].sum()  # (C, 256)
-    mean = p @ levels
-    std = ((p @ levels**2) - mean**2).clamp_min(0).sqrt()
-    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
+    mean: Tensor  # (C, 1, 1), in units of 1 = white
+    std: Tensor
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Each channel to mean 0 and deviation 1. uint8, or float in [0, 1]: (B, C, H, W) -> float32 (B, C, H, W)."""
-    scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
-    return (images * (scale / std).view(-1, 1, 1)).sub_((mean / std).view(-1, 1, 1))
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        # From a histogram of the 256 values: exact, and without a float copy of the whole set.
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        p = counts / counts[:1].sum(dtype=torch.float64)  # (C, 256)
+        mean = p @ levels
+        std = (p @ levels**2 - mean**2).clamp_min(0).sqrt()
+        self.register_buffer("mean", mean.float().view(-1, 1, 1))
+        self.register_buffer("std", torch.where(std > 1e-6, std, 1.0).float().view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+        return (images * (scale / self.std)).sub_(self.mean / self.std)
 
 
 class Batches:
@@ -537,7 +562,9 @@ def resolve_device(accelerator: str) -> str:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
         return next(device for device, present in here.items() if present)
-    check(here[accelerator], f"--accelerator {accelerator}: PyTorch finds none on this machine; leave it out or take cpu")
+    check(
+        here[accelerator], f"--accelerator {accelerator}: PyTorch finds none on this machine; leave it out or take cpu"
+    )
     return accelerator
 
 
@@ -549,6 +576,12 @@ def resolve_precision(precision: str, device: str) -> Literal["32-true", "bf16-m
         else:
             precision = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "32"
     return "bf16-mixed" if precision == "bf16" else "32-true"
+
+
+def describe_machine(config: RunConfig) -> str:
+    """Device, precision and threads of a run, for people."""
+    device = resolve_device(config.accelerator)
+    return f"{device}, {resolve_precision(config.precision, device)}, {torch.get_num_threads()} threads"
 
 
 class SafeCheckpoints(TorchCheckpointIO):
@@ -596,7 +629,9 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):  # validation values are of an older epoch
+        if (trainer.current_epoch + 1) % (
+            trainer.check_val_every_n_epoch or 1
+        ):  # validation values are of an older epoch
             metrics = {name: value for name, value in metrics.items() if name.startswith("train")}
         batches = trainer.train_dataloader
         assert isinstance(batches, Batches)
@@ -620,10 +655,8 @@ class EpochLog(Callback):
 
     def _diverged(self, trainer: lightning.Trainer, row: dict[str, float]) -> str:
         saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
-        return (
-            f"the loss stopped being finite in epoch {row['epoch']} (step {trainer.global_step}): lower --learning_rate, "
-            f"which was {row['learning_rate']:g}; last good checkpoint: {saved}"
-        )
+        where = f"epoch {row['epoch']}, step {trainer.global_step}, learning rate {row['learning_rate']:g}"
+        return f"the loss is no longer finite ({where}): lower --learning_rate; last good checkpoint: {saved}"
 
     def _line(self, row: dict[str, float], epochs: int) -> str:
         words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
@@ -652,7 +685,13 @@ def write_csv(file: Path, rows: list[dict[str, float]]) -> None:
 def format_time(seconds: float) -> str:
     """A duration for people: 45 s, 12 min, 3 h 05 min."""
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{minutes} min"
+        if minutes < 90
+        else f"{minutes // 60} h {minutes % 60:02} min"
+    )
 
 
 def make_trainer(
@@ -700,7 +739,7 @@ def quiet_libraries() -> None:
 
 
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
-    """`trainer.fit`, from `checkpoint` if that file exists; Ctrl-C stays KeyboardInterrupt (Lightning exits instead)."""
+    """`trainer.fit`, from `checkpoint` if that file exists. Ctrl-C stays KeyboardInterrupt, where Lightning exits."""
     try:
         trainer.fit(module, ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None, weights_only=True)
     except SystemExit:
@@ -755,28 +794,31 @@ def on_device(batches: Batches, device: torch.device) -> Batches:
 
 
 @torch.no_grad()
-def extract_features(
-    encoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, device: str, precision: str = "32-true", batch_size: int = 500
-) -> Tensor:
-    """The representations h = f(x) of un-augmented images, in eval mode: uint8 (N, C, H, W) -> float32 (N, D) on the CPU.
+def extract_features(model: nn.Module, images: Tensor, config: RunConfig, batch_size: int = 500) -> Tensor:
+    """What `model` makes of un-augmented images, in eval mode: uint8 (N, C, H, W) -> float32 (N, D) on the CPU.
 
-    Compute them once; k-NN, linear probe and t-SNE all read them. The encoder's mode is put back afterwards.
+    For an encoder these are the representations h = f(x): computed once, read by k-NN, linear probe and t-SNE.
+    The model's mode and device are put back afterwards.
     """
-    was_training = encoder.training
-    encoder.eval().to(device)
-    mean, std = mean.to(device), std.to(device)
-    features = []
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        for (batch,) in Batches(images, batch_size=batch_size):
-            x = normalize(batch.to(device), mean, std).contiguous(memory_format=torch.channels_last)
-            features.append(encoder(x).float().cpu())
-    encoder.train(was_training)
+    device, was_training = resolve_device(config.accelerator), model.training
+    reduced = resolve_precision(config.precision, device) == "bf16-mixed"
+    model.eval().to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=reduced):
+        batches = Batches(images, batch_size=batch_size)
+        features = [model(batch.to(device)).float().cpu() for (batch,) in batches]
+    model.train(was_training).cpu()
     return torch.cat(features)
 
 
 @torch.no_grad()
 def knn_predict(
-    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int = 200, temperature: float = 0.1, block: int = 512
+    queries: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    block: int = 512,
 ) -> Tensor:
     """Weighted k-nearest-neighbour classification by cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4).
 
@@ -795,12 +837,15 @@ def knn_predict(
     return torch.cat(predictions)
 
 
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The fraction of right predictions; both int64 (N,)."""
+    return int((predictions == labels).sum()) / len(labels)
+
+
 def accuracy_per_class(predictions: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
     """The fraction of each class's images that were recognised; None for a class without images. Both int64 (N,)."""
-    right = (predictions == labels).float()
-    return {
-        name: float(right[labels == i].mean()) if (labels == i).any() else None for i, name in enumerate(classes)
-    }
+    members = {name: labels == i for i, name in enumerate(classes)}
+    return {name: accuracy(predictions[m], labels[m]) if m.any() else None for name, m in members.items()}
 
 
 def print_per_class(per_class: dict[str, float | None]) -> None:
@@ -860,7 +905,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Pa
 
 
 def plot_confusion_matrix(predictions: Tensor, labels: Tensor, classes: Sequence[str], file: Path, title: str) -> None:
-    """Rows are true classes, columns predicted ones; each row in percent of the class. predictions, labels: int64 (N,)."""
+    """Rows are true classes, columns predicted ones, in percent of the true class. predictions, labels: int64 (N,)."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     many = len(classes) > 20  # then numbers and names would not be legible
@@ -886,7 +931,9 @@ def plot_tsne(points: np.ndarray, labels: Tensor, classes: Sequence[str], file: 
     for i, name in enumerate(classes):
         color = colors(i if len(classes) <= 10 else i / len(classes))
         chosen = (labels == i).numpy()
-        axis.scatter(*points[chosen].T, s=max(2, min(14, 20000 / len(points))), color=color, alpha=0.7, lw=0, label=name)
+        axis.scatter(
+            *points[chosen].T, s=max(2, min(14, 20000 / len(points))), color=color, alpha=0.7, lw=0, label=name
+        )
     if len(classes) <= 20:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2.5)
     axis.set(title=title, xticks=[], yticks=[])

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 import functions as fn
-from functions import Batches, EpochLog, ImageDataset, RunConfig, UserError, check
+from functions import Batches, EpochLog, ImageDataset, RunConfig, check
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -68,7 +68,9 @@ class Config(RunConfig):
         super().validate()
         for flag in ("hidden_size", "num_layers", "l2", "l3", "epochs"):
             check(getattr(self, flag) >= 1, f"--{flag} must be at least 1, got {getattr(self, flag)}")
-        check(self.batch_size >= 2, f"--batch_size must be at least 2 (BatchNorm needs two images), got {self.batch_size}")
+        check(
+            self.batch_size >= 2, f"--batch_size must be at least 2 (BatchNorm needs two images), got {self.batch_size}"
+        )
         check(0 < self.learning_rate < math.inf, f"--learning_rate must be a positive number, got {self.learning_rate}")
         check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check(self.patience >= 0, f"--patience must be 0 or more, got {self.patience}")
@@ -97,7 +99,7 @@ class Splits:
 
 
 def split(data: ImageDataset, config: Config) -> Splits:
-    """Hold out a stratified validation split of the training images. Raises UserError where there is too little data."""
+    """Hold out a stratified validation split of the training images. Raises UserError for too little data."""
     images, labels, test_images, test_labels = data.labelled()
     held_out = fn.stratified_subset(labels, config.validation_fraction, config.seed)
     kept = fn.complement(held_out, len(labels))
@@ -105,7 +107,9 @@ def split(data: ImageDataset, config: Config) -> Splits:
         config.batch_size <= len(kept),
         f"--batch_size {config.batch_size} is above the {len(kept):,} training images: take at most {len(kept)}",
     )
-    return Splits((images[kept], labels[kept]), (images[held_out], labels[held_out]), (test_images, test_labels), data.classes)
+    return Splits(
+        (images[kept], labels[kept]), (images[held_out], labels[held_out]), (test_images, test_labels), data.classes
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,12 +161,10 @@ class RowClassification(fn.Classification):
         train = Batches(*splits.train, batch_size=config.batch_size, seed=config.seed, drop_last=lone)
         super().__init__(model, train, Batches(*splits.validation, batch_size=1000), held_out="validation")
         self.config = config
-        mean, std = fn.channel_statistics(splits.train[0])
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.normalize = fn.Normalize(splits.train[0])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(rows_as_sequence(fn.normalize(images, self.mean, self.std)))
+        return self.model(rows_as_sequence(self.normalize(images)))
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -181,8 +183,10 @@ class RowClassification(fn.Classification):
 def train(
     config: Config, cell: str, splits: Splits, folder: Path | None = None, callbacks: Sequence[Callback] = ()
 ) -> tuple[RowClassification, EpochLog]:
-    """Train one network. With a folder: metrics and checkpoints are kept there, an interrupted training goes on, and the
-    returned module has the weights of the epoch with the best validation accuracy; without one, those of the last.
+    """Train one network and return it with the log of its epochs.
+
+    With a folder, metrics and checkpoints are kept there, an interrupted training goes on, and the weights are those
+    of the epoch with the best validation accuracy. Without one, they are the last epoch's.
     """
     model = build_model(config, cell, splits.train[0], len(splits.classes))
     module = RowClassification(model, splits, config)
@@ -207,29 +211,24 @@ def train(
     return module, log
 
 
-@torch.no_grad()
-def predict(module: RowClassification, images: Tensor, device: str) -> Tensor:
-    """The predicted class of each image: uint8 (N, C, H, W) -> int64 (N,) on the CPU."""
-    module.eval().to(device)
-    return torch.cat([module(batch.to(device)).argmax(1).cpu() for (batch,) in Batches(images, batch_size=1000)])
-
-
 # ------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------
 
 
-def run_cell(config: Config, cell: str, splits: Splits, folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], Tensor]:
-    """Train one kind of cell and test its best epoch once: (results, rows of its curves, predictions on the test set)."""
+def run_cell(
+    config: Config, cell: str, splits: Splits, folder: Path
+) -> tuple[dict[str, Any], list[dict[str, float]], Tensor]:
+    """Train one kind of cell and test its best epoch once: (results, rows of the curves, test predictions)."""
     module, log = train(config, cell, splits, folder)
     best = max(log.rows, key=lambda row: row["validation_accuracy"])  # the first, if several are equal
     test_images, test_labels = splits.test
-    predictions = predict(module, test_images, fn.resolve_device(config.accelerator))
-    results = {
+    predictions = fn.extract_features(module, test_images, config).argmax(1)
+    results: dict[str, Any] = {
         "best_epoch": int(best["epoch"]),
         "train_accuracy": best["train_accuracy"],
         "validation_accuracy": best["validation_accuracy"],
-        "test_accuracy": float((predictions == test_labels).float().mean()),
+        "test_accuracy": fn.accuracy(predictions, test_labels),
         "per_class": fn.accuracy_per_class(predictions, test_labels, splits.classes),
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
@@ -259,15 +258,10 @@ def main(config: Config) -> None:
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     splits = split(data, config)
     cells = list(CELLS) if config.cell == "all" else [config.cell]
-    device = fn.resolve_device(config.accelerator)
-    n, steps, row = len(splits.train[0]), data.train_images.shape[2], data.train_images.shape[1] * data.train_images.shape[3]
-    print(
-        f"{data.name}: {n:,} training, {len(splits.validation[0]):,} validation and {len(splits.test[0]):,} test images, "
-        f"each {steps} rows of {row} numbers\n"
-        f"hidden {config.hidden_size}, {config.num_layers} layer(s), head {config.l2}-{config.l3}; batch {config.batch_size}, "
-        f"learning rate {config.learning_rate:g}; {device}, {fn.resolve_precision(config.precision, device)}, "
-        f"{torch.get_num_threads()} threads"
-    )
+    _, channels, height, width = data.train_images.shape
+    counts = [f"{len(images):,}" for images, _ in (splits.train, splits.validation, splits.test)]
+    print(f"{data.name}: {counts[0]} training, {counts[1]} validation and {counts[2]} test images")
+    print(f"each read as {height} rows of {channels * width} numbers; {fn.describe_machine(config)}")
     with fn.run_folder(config) as folder:
         outcomes = {}
         for cell in cells:
@@ -276,7 +270,11 @@ def main(config: Config) -> None:
             print(f"training {cell}", flush=True)
             outcomes[cell] = run_cell(config, cell, splits, cell_folder)
             fn.plot_confusion_matrix(
-                outcomes[cell][2], splits.test[1], splits.classes, cell_folder / "confusion_matrix.png", f"{cell.upper()}, test"
+                outcomes[cell][2],
+                splits.test[1],
+                splits.classes,
+                cell_folder / "confusion_matrix.png",
+                f"{cell.upper()}, test",
             )
         curves = {cell.upper(): rows for cell, (_, rows, _) in outcomes.items()}
         fn.plot_curves(curves, "validation", folder / "curves.png", f"Reading {Path(data.name).name} images row by row")

@@ -1,7 +1,8 @@
 """Tune rnn.py's network with Optuna: which widths, depth, learning rate, weight decay and batch size suit the data?
 
-Every trial draws a configuration (TPE, Bergstra et al. 2011), trains it with Lightning for at most --epochs epochs, and
-is stopped early when its validation loss is above the median of earlier trials at that epoch. The test images stay unseen.
+Every trial draws a configuration (TPE, Bergstra et al. 2011), trains it with Lightning for at most --epochs epochs,
+and is stopped early when its validation loss is above the median of earlier trials at that epoch. The test images
+stay unseen.
 
     python rnn_hyperparameter_tune.py                                 # CIFAR-10, 100 trials of at most 10 epochs
     python rnn_hyperparameter_tune.py --dataset digits --n_trials 20  # no download, a minute
@@ -59,7 +60,10 @@ class Config(RunConfig):
         check(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
         fraction = self.validation_fraction
         check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
-        check(self.timeout is None or 0 < self.timeout < math.inf, f"--timeout must be positive seconds, got {self.timeout}")
+        check(
+            self.timeout is None or 0 < self.timeout < math.inf,
+            f"--timeout must be positive seconds, got {self.timeout}",
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,9 +179,10 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
         if len(complete) >= 4:
             figures["importances"] = plots.plot_param_importances(study)
         for name, axes in figures.items():
-            axes.figure.set_size_inches(9, 5)
-            axes.figure.set_layout_engine("constrained")
-            fn.save_figure(axes.figure, folder / f"{name}.png")
+            figure: Any = axes.figure
+            figure.set_size_inches(9, 5)
+            figure.set_layout_engine("constrained")
+            fn.save_figure(figure, folder / f"{name}.png")
 
 
 def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:

@@ -116,11 +116,16 @@ class Config(RunConfig):
             check(0 < value < math.inf, f"--{flag} must be a positive number, got {value}")
         check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check(self.warmup_epochs >= 0, f"--warmup_epochs must be 0 or more, got {self.warmup_epochs}")
-        check(0 <= self.jitter_strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {self.jitter_strength}")
+        check(
+            0 <= self.jitter_strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {self.jitter_strength}"
+        )
         if "pretrain" not in self.stages_list:
             check(self.checkpoint is not None, f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)")
         else:
-            check(self.checkpoint is None, "--checkpoint is for stages after pretrain: leave it out, or pretrain out of --stages")
+            check(
+                self.checkpoint is None,
+                "--checkpoint is for stages after pretrain: leave it out, or pretrain out of --stages",
+            )
 
     @property
     def stages_list(self) -> list[str]:
@@ -178,7 +183,7 @@ def resize_weights(start: Tensor, length: Tensor, size_in: int, size_out: int) -
 
 
 def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: float) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size). Crop, resize and flip are two small matrices per image: rows @ x @ columns."""
+    """(B, 3, H, W) -> (B, 3, size, size). Crop, resize and flip are two small matrices an image: rows @ x @ columns."""
     top, left, h, w = crop_boxes(len(x), x.shape[2], x.shape[3], min_scale, x.device)
     rows = resize_weights(top, h, x.shape[2], size)  # (B, size, H)
     columns = resize_weights(left, w, x.shape[3], size)  # (B, size, W)
@@ -238,7 +243,7 @@ def random_grayscale(x: Tensor, p: float) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, p: float) -> Tensor:
-    """Appendix A: blur with probability p, sigma ~ U(0.1, 2), kernel a tenth of the side (odd, at least 3). (B, 3, H, W)."""
+    """Appendix A: blur with probability p, sigma ~ U(0.1, 2), kernel a tenth of the side (odd, >= 3). (B, 3, H, W)."""
     radius = max(1, int(0.1 * x.shape[2]) // 2)
     sigma = uniform(len(x), 0.1, 2.0, x.device)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
@@ -247,15 +252,13 @@ def gaussian_blur(x: Tensor, p: float) -> Tensor:
     kernel = torch.where(blurred.view(-1, 1), kernel, (offsets == 0).float())
     padded = nn.functional.pad(x, [radius] * 4, mode="reflect")
     for axis in (2, 3):  # a Gaussian is separable: down the columns, then along the rows
-        taps = [
-            kernel[:, i].view(-1, 1, 1, 1) * padded.narrow(axis, i, x.shape[axis]) for i in range(2 * radius + 1)
-        ]
+        taps = [kernel[:, i].view(-1, 1, 1, 1) * padded.narrow(axis, i, x.shape[axis]) for i in range(2 * radius + 1)]
         padded = torch.stack(taps).sum(0)
     return padded
 
 
 def two_views(images: Tensor, config: Config) -> Tensor:
-    """Two random views of each image, in [0, 1]: uint8 (N, 3, H, W) -> float32 (2N, 3, H, W); i and i + N are a pair."""
+    """Two random views of each image: uint8 (N, 3, H, W) -> float32 (2N, 3, H, W) in [0, 1]; i and i + N are a pair."""
     with torch.autocast(images.device.type, enabled=False):  # colours keep their float32
         x = images.float().div_(255).repeat(2, 1, 1, 1)
         x = random_resized_crop_and_flip(x, x.shape[2], config.crop_scale, config.flip)
@@ -318,7 +321,7 @@ class SimCLRModel(nn.Module):
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 1/warmup_steps to 1, then cosine decay to 0 at total_steps, without restarts (Section 2.2)."""
+    """Linear warm-up from 1/warmup_steps to 1, then cosine decay to 0 at total_steps, no restarts (Section 2.2)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
@@ -334,9 +337,7 @@ class Pretraining(lightning.LightningModule):
         super().__init__()
         self.model, self.config, self.monitor = model, config, monitor
         self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True)
-        mean, std = fn.channel_statistics(images)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.normalize = fn.Normalize(images)
         self.features: list[Tensor] = []
 
     def train_dataloader(self) -> Batches:
@@ -344,8 +345,8 @@ class Pretraining(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         (images,) = batch  # uint8 (N, 3, H, W)
-        x = fn.normalize(two_views(images, self.config), self.mean, self.std)  # (2N, 3, H, W)
-        z = self.model(x.contiguous(memory_format=torch.channels_last))  # (2N, embedding_dim)
+        views = self.normalize(two_views(images, self.config))  # (2N, 3, H, W)
+        z = self.model(views.contiguous(memory_format=torch.channels_last))  # (2N, embedding_dim)
         loss = nt_xent_loss(z, self.config.temperature)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), logger=False)
         return loss
@@ -357,8 +358,7 @@ class Pretraining(lightning.LightningModule):
         return Batches(torch.cat([bank, queries]).to(self.device), batch_size=500)
 
     def validation_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
-        x = fn.normalize(batch[0], self.mean, self.std).contiguous(memory_format=torch.channels_last)
-        self.features.append(self.model.get_encoder()(x).float())
+        self.features.append(self.model.get_encoder()(self.normalize(batch[0])).float())
 
     def on_validation_epoch_end(self) -> None:
         if self.monitor is None:
@@ -366,12 +366,9 @@ class Pretraining(lightning.LightningModule):
         bank, labels, _, query_labels, num_classes = self.monitor
         h = torch.cat(self.features)
         self.features.clear()
-        config = self.config
-        predicted = fn.knn_predict(
-            h[len(bank) :], h[: len(bank)], labels.to(h.device), num_classes, config.knn_k, config.knn_temperature
-        )
-        accuracy = (predicted.cpu() == query_labels).float().mean()
-        self.log("knn_accuracy", accuracy, logger=False)
+        k, tau = self.config.knn_k, self.config.knn_temperature
+        predicted = fn.knn_predict(h[len(bank) :], h[: len(bank)], labels.to(h.device), num_classes, k, tau)
+        self.log("knn_accuracy", fn.accuracy(predicted.cpu(), query_labels), logger=False)
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -413,8 +410,8 @@ def knn_monitor(data: ImageDataset, seed: int) -> tuple[Any, ...] | None:
 
 
 def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
-    """Train `model` in place on the training images (and the unlabelled ones); returns the `pretrain` part of results."""
-    images = data.train_images if data.unlabelled_images is None else data.unlabelled_images
+    """Train `model` in place on the set's images without labels; returns the `pretrain` part of results."""
+    images = data.pretraining_images
     module = Pretraining(model, images, knn_monitor(data, config.seed), config)
     log = fn.EpochLog(folder / "metrics.csv")
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_top_k=0, save_last=True, save_on_train_epoch_end=True)
@@ -453,7 +450,10 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
         prefix = "model.encoder."
         state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
     expected = {name: value.shape for name, value in encoder.state_dict().items()}
-    if not isinstance(state, dict) or {name: getattr(value, "shape", None) for name, value in state.items()} != expected:
+    if (
+        not isinstance(state, dict)
+        or {name: getattr(value, "shape", None) for name, value in state.items()} != expected
+    ):
         raise UserError(f"--checkpoint {file} is of another encoder: give the --encoder and --stem it was trained with")
     encoder.load_state_dict(state)
 
@@ -548,9 +548,14 @@ def measure(features: Features, config: Config, probe: nn.Linear | None = None) 
     outcome: dict[str, Any] = {}
     if "knn" in config.stages_list:
         predicted = fn.knn_predict(
-            features.test, features.train, features.train_labels, len(features.classes), config.knn_k, config.knn_temperature
+            features.test,
+            features.train,
+            features.train_labels,
+            len(features.classes),
+            config.knn_k,
+            config.knn_temperature,
         )
-        outcome["knn"] = {"accuracy": accuracy(predicted, features.test_labels)}
+        outcome["knn"] = {"accuracy": fn.accuracy(predicted, features.test_labels)}
     if "probe" in config.stages_list:
         classifier = probe or nn.Linear(features.train.shape[1], len(features.classes))
         outcome["rows"] = train_probe(classifier, features, config)
@@ -558,31 +563,25 @@ def measure(features: Features, config: Config, probe: nn.Linear | None = None) 
             predicted_train = classifier(features.train).argmax(1)
             predicted = outcome["predicted"] = classifier(features.test).argmax(1)
         outcome["probe"] = {
-            "train_accuracy": accuracy(predicted_train, features.train_labels),
-            "test_accuracy": accuracy(predicted, features.test_labels),
+            "train_accuracy": fn.accuracy(predicted_train, features.train_labels),
+            "test_accuracy": fn.accuracy(predicted, features.test_labels),
             "per_class": fn.accuracy_per_class(predicted, features.test_labels, features.classes),
         }
     return outcome
 
 
-def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """The fraction of right predictions; both int64 (N,)."""
-    return float((predictions == labels).float().mean())
-
-
-def evaluate(encoder: nn.Module, untrained: nn.Module, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
+def evaluate(
+    encoder: nn.Module, untrained: nn.Module, data: ImageDataset, config: Config, folder: Path
+) -> dict[str, Any]:
     """The stages after pretraining. Features are computed once per encoder and shared by every evaluation."""
     train_images, train_labels, test_images, test_labels = data.labelled()
     chosen = fn.stratified_subset(train_labels, config.label_fraction, config.seed)
     train_images, train_labels = train_images[chosen], train_labels[chosen]
-    statistics = fn.channel_statistics(data.train_images if data.unlabelled_images is None else data.unlabelled_images)
-    device = fn.resolve_device(config.accelerator)
-    precision = fn.resolve_precision(config.precision, device)
+    normalize = fn.Normalize(data.pretraining_images)
 
     def features(f: nn.Module) -> Features:
-        train, test = (
-            fn.extract_features(f, images, *statistics, device, precision) for images in (train_images, test_images)
-        )
+        model = nn.Sequential(normalize, f)
+        train, test = (fn.extract_features(model, images, config) for images in (train_images, test_images))
         return Features(train, train_labels, test, test_labels, data.classes)
 
     results: dict[str, Any] = {}
@@ -592,9 +591,13 @@ def evaluate(encoder: nn.Module, untrained: nn.Module, data: ImageDataset, confi
         table["raw pixels"] = measure(features(nn.Flatten()), config)
         table["untrained encoder"] = measure(features(untrained), config)
         results["baselines"] = {
-            name.replace(" ", "_"): {k: v for k, v in row.items() if k in ("knn", "probe")} for name, row in table.items()
+            name.replace(" ", "_"): {k: v for k, v in row.items() if k in ("knn", "probe")}
+            for name, row in table.items()
         }
-    print(f"measuring the pretrained encoder on {len(train_labels):,} labelled and {len(test_labels):,} test images", flush=True)
+    print(
+        f"measuring the pretrained encoder on {len(train_labels):,} labelled and {len(test_labels):,} test images",
+        flush=True,
+    )
     h = features(encoder)
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(data.classes))
     ours = table["pretrained encoder"] = measure(h, config, classifier.classifier)
@@ -662,7 +665,9 @@ def show_probe(outcome: dict[str, Any], features: Features, config: Config, fold
     print(f"linear probe: train {100 * probe['train_accuracy']:.1f} %, test {100 * probe['test_accuracy']:.1f} %")
     fn.print_per_class(probe["per_class"])
     if outcome["rows"]:
-        fn.plot_curves({"probe": outcome["rows"]}, "test", folder / "probe.png", "Linear probe on the frozen representation")
+        fn.plot_curves(
+            {"probe": outcome["rows"]}, "test", folder / "probe.png", "Linear probe on the frozen representation"
+        )
     fn.plot_confusion_matrix(
         outcome["predicted"], features.test_labels, features.classes, folder / "confusion_matrix.png", "Linear probe"
     )
@@ -677,13 +682,17 @@ def show_tsne(features: Features, config: Config, folder: Path) -> None:
     print(f"t-SNE of {len(h):,} test images", flush=True)
     h = PCA(min(50, *h.shape), random_state=config.seed).fit_transform(h)
     points = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=config.seed, n_jobs=-1).fit_transform(h)
-    fn.plot_tsne(points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations")
+    fn.plot_tsne(
+        points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations"
+    )
 
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
     """The outcome at a glance: accuracy on the test images, a row per representation."""
     columns = [name for name in ("knn", "probe") if name in table["pretrained encoder"]]
-    print("\ntest accuracy" + " " * 10 + "".join(f"{ {'knn': 'k-NN', 'probe': 'linear'}[name]:>10}" for name in columns))
+    print(
+        "\ntest accuracy" + " " * 10 + "".join(f"{ {'knn': 'k-NN', 'probe': 'linear'}[name]:>10}" for name in columns)
+    )
     for name, row in table.items():
         values = [row[c]["accuracy"] if c == "knn" else row[c]["test_accuracy"] for c in columns]
         print(f"  {name:21}" + "".join(f"{100 * value:8.1f} %" for value in values))
@@ -701,8 +710,9 @@ def main(config: Config) -> None:
     stages = config.stages_list
     if stages != ["pretrain"]:
         data.labelled()  # fails now rather than after hours of pretraining
-    n = len(data.train_images if data.unlabelled_images is None else data.unlabelled_images)
-    check(config.batch_size <= n, f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}")
+    n = len(data.pretraining_images)
+    too_many = f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}"
+    check(config.batch_size <= n, too_many)
 
     torch.manual_seed(config.seed)
     encoder, feature_dim = build_encoder(config.encoder, config.stem)
@@ -712,12 +722,9 @@ def main(config: Config) -> None:
     if config.checkpoint is not None:
         load_encoder(encoder, Path(config.checkpoint))
 
-    device = fn.resolve_device(config.accelerator)
-    print(
-        f"SimCLR on {data.name}: {len(data.train_images):,} training images of {data.train_images.shape[-1]} pixels\n"
-        f"{config.encoder}, {config.stem} stem, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
-        f"{device}, {fn.resolve_precision(config.precision, device)}, {torch.get_num_threads()} threads"
-    )
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"SimCLR on {data.name}: {n:,} images of {data.train_images.shape[-1]} pixels for pretraining")
+    print(f"{config.encoder}, {config.stem} stem, {parameters:.1f} M parameters; {fn.describe_machine(config)}")
     with fn.run_folder(config) as folder:
         results: dict[str, Any] = {}
         if "pretrain" in stages:
