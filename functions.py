@@ -736,6 +736,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and which accelerators were found
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's use of PyTorch
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # on a resume, it is
 
 
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:

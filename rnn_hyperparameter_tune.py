@@ -71,6 +71,9 @@ class Config(RunConfig):
 # ------------------------------------------------------------------------------------------------
 
 
+BATCH_SIZES = [32, 64, 128, 256]
+
+
 def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
     """Draw one configuration of rnn.py from the search space."""
     shared = {key: value for key, value in asdict(config).items() if key in rnn.Config.__dataclass_fields__}
@@ -82,7 +85,7 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
         l3=trial.suggest_categorical("l3", [16, 32, 64]),
         learning_rate=trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         weight_decay=trial.suggest_float("weight_decay", 5e-4, 1e-1, log=True),
-        batch_size=trial.suggest_categorical("batch_size", [32, 64, 128, 256]),
+        batch_size=trial.suggest_categorical("batch_size", BATCH_SIZES),
     )
 
 
@@ -216,10 +219,16 @@ def main(config: Config) -> None:
     started = time.time()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
-    splits = rnn.split(data, replace(rnn.Config(), seed=config.seed, validation_fraction=config.validation_fraction))
+    first = rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2)
+    splits = rnn.split(data, first)  # the same for every trial
+    n = len(splits.train[0])
+    check(
+        n >= max(BATCH_SIZES),
+        f"--dataset {data.name}: {n} training images are too few for batch size {max(BATCH_SIZES)}",
+    )
     print(
         f"tuning the {config.cell} on {data.name}: {config.n_trials} trials of at most {config.epochs} epochs, "
-        f"{len(splits.train[0]):,} training and {len(splits.validation[0]):,} validation images; "
+        f"{n:,} training and {len(splits.validation[0]):,} validation images; "
         f"{fn.resolve_device(config.accelerator)}, {torch.get_num_threads()} threads"
     )
     with fn.run_folder(config) as folder:

@@ -1,0 +1,76 @@
+"""Every command that the README and the scripts' own docstrings show is one that the scripts accept."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import functions as fn
+import rnn
+import rnn_hyperparameter_tune
+import simCLR
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"rnn.py": rnn, "simCLR.py": simCLR, "rnn_hyperparameter_tune.py": rnn_hyperparameter_tune}
+TEXTS = [
+    README,
+    *(module.__doc__ or "" for module in SCRIPTS.values()),
+    *(p.read_text() for p in ROOT.glob("configs/*")),
+]
+TEXTS += [path.read_text() for path in (ROOT / "results").rglob("*.md")]
+COMMANDS = sorted({m.strip("`") for text in TEXTS for m in re.findall(r"python \w+\.py(?: +(?!#)[^\s`#|]+)*", text)})
+
+
+def test_there_are_commands_for_each_script():
+    for script in SCRIPTS:
+        assert any(f"python {script}" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_accepted(command, tmp_path, monkeypatch):
+    """Parsed and validated as the script would; files and runs that an example only names are put there first."""
+    _, script, *flags = shlex.split(command)
+    if "--help" in flags:
+        return
+    if "--resume" in flags:
+        (tmp_path / "runs/newest").mkdir(parents=True)
+        monkeypatch.setattr(fn, "newest_run", lambda _: tmp_path / "runs/newest")
+        fn.save_config(tmp_path / "runs/newest/config.yaml", SCRIPTS[script].Config())
+        at = flags.index("--resume")
+        if at + 1 < len(flags):
+            flags[at + 1] = str(tmp_path / "runs/newest")
+    if "--config" in flags:
+        at = flags.index("--config") + 1
+        if flags[at].startswith("runs/"):
+            fn.save_config(tmp_path / "config.yaml", SCRIPTS[script].Config())
+            flags[at] = str(tmp_path / "config.yaml")
+        else:
+            flags[at] = str(ROOT / flags[at])
+    fn.parse_config(SCRIPTS[script].Config, flags)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda file: file.name)
+def test_config_file_is_accepted_by_the_script_it_names(file):
+    script = re.search(r"python (\w+\.py) ", file.read_text()).group(1)
+    fn.parse_config(SCRIPTS[script].Config, ["--config", str(file)])
+    assert yaml.safe_load(file.read_text())
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([\w-]+)", README)) <= targets | {"sure"}
+
+
+def test_files_that_the_readme_links_to_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_every_flag_the_readme_mentions_exists():
+    known = {f"--{name}" for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
+    mentioned = set(re.findall(r"`(--\w+)", README))
+    assert mentioned <= known | {"--config", "--print_config", "--help"}

@@ -1,0 +1,164 @@
+"""The recurrent classifier: what it reads, what it is made of, and that training keeps its promises."""
+
+import pytest
+import torch
+from torch import nn
+
+import functions as fn
+import rnn
+
+
+def tiny_splits(n: int = 40, seed: int = 0) -> rnn.Splits:
+    """Three classes of 8 x 8 images that differ in brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    noise = torch.randint(0, 40, (n, 3, 8, 8), generator=generator)
+    images = (noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
+    return rnn.Splits((images, labels), (images[:12], labels[:12]), (images[12:24], labels[12:24]), ("a", "b", "c"))
+
+
+def tiny_config(**changes) -> rnn.Config:
+    return rnn.Config(
+        **{"dataset": "digits", "hidden_size": 16, "l2": 8, "l3": 8, "epochs": 2, "batch_size": 8} | changes
+    )
+
+
+def test_step_r_is_row_r_red_then_green_then_blue():
+    images = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    sequence = rnn.rows_as_sequence(images)
+    assert sequence.shape == (2, 4, 15)
+    for b in range(2):
+        for r in range(4):
+            expected = [*images[b, 0, r], *images[b, 1, r], *images[b, 2, r]]
+            assert sequence[b, r].tolist() == [int(v) for v in expected]
+
+
+@pytest.mark.parametrize(("cell", "kind"), [("rnn", nn.RNN), ("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_model_is_the_cell_then_two_hidden_layers(cell, kind):
+    model = rnn.SimpleRNN(96, 32, 2, 10, l2=24, l3=16, cell=cell)
+    assert type(model.recurrent) is kind
+    assert (model.recurrent.input_size, model.recurrent.hidden_size, model.recurrent.num_layers) == (96, 32, 2)
+    layers = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout] * 2 + [nn.Linear]
+    assert [type(layer) for layer in model.head] == layers
+    assert [(m.in_features, m.out_features) for m in model.head if type(m) is nn.Linear] == [
+        (32, 24),
+        (24, 16),
+        (16, 10),
+    ]
+    assert [m.p for m in model.head if type(m) is nn.Dropout] == [0.5, 0.5]
+    assert model(torch.randn(4, 32, 96)).shape == (4, 10)
+
+
+def test_plain_rnn_is_elmans_recurrence():
+    """h_t = tanh(W x_t + b + U h_(t-1) + c), read after the last row."""
+    torch.manual_seed(0)
+    model = rnn.SimpleRNN(6, 5, 1, 3, l2=4, l3=4).eval()
+    x = torch.randn(2, 7, 6)
+    cell, h = model.recurrent, torch.zeros(2, 5)
+    for t in range(7):
+        h = torch.tanh(x[:, t] @ cell.weight_ih_l0.T + cell.bias_ih_l0 + h @ cell.weight_hh_l0.T + cell.bias_hh_l0)
+    torch.testing.assert_close(model(x), model.head(h))
+
+
+def test_unknown_cell_is_an_error():
+    with pytest.raises(KeyError):
+        rnn.SimpleRNN(6, 5, 1, 3, l2=4, l3=4, cell="transformer")
+
+
+def test_default_recipe():
+    config = rnn.Config()
+    assert (config.hidden_size, config.num_layers, config.l2, config.l3) == (256, 1, 64, 64)
+    assert (config.learning_rate, config.weight_decay, config.batch_size, config.epochs) == (0.00022, 0.00052, 64, 100)
+    module = rnn.RowClassification(
+        rnn.build_model(config, "rnn", torch.zeros(1, 3, 32, 32), 10), tiny_splits(200), config
+    )
+    optimiser, schedule = (module.configure_optimizers()[key] for key in ("optimizer", "lr_scheduler"))
+    assert type(optimiser) is torch.optim.Adam
+    assert (optimiser.defaults["lr"], optimiser.defaults["weight_decay"]) == (0.00022, 0.00052)
+    plateau = schedule["scheduler"]
+    assert type(plateau) is torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert (plateau.patience, plateau.factor, plateau.mode) == (10, 0.1, "min")
+
+
+def test_split_is_stratified_and_leaves_the_test_images_alone():
+    data = fn.load_dataset("digits")
+    splits = rnn.split(data, rnn.Config())
+    assert len(splits.train[0]) + len(splits.validation[0]) == len(data.train_images)
+    torch.testing.assert_close(splits.test[0], data.test_images)
+    share = splits.validation[1].bincount() / data.train_labels.bincount()
+    assert ((share - 0.1).abs() < 0.01).all()
+    rows = {tuple(image.flatten().tolist()) for image in splits.validation[0]}
+    assert not rows & {tuple(image.flatten().tolist()) for image in splits.train[0]}
+
+
+def test_batch_above_the_set_is_refused():
+    with pytest.raises(fn.UserError, match="--batch_size 5000"):
+        rnn.split(fn.load_dataset("digits"), rnn.Config(batch_size=5000))
+
+
+@pytest.mark.parametrize("n", [40, 41])  # 41 images in batches of 8 would leave a lone last one
+def test_training_learns_and_the_best_epoch_is_returned(tmp_path, n):
+    config = tiny_config(epochs=6, learning_rate=0.01)
+    module, log = rnn.train(config, "gru", tiny_splits(n), tmp_path)
+    assert [row["epoch"] for row in log.rows] == [1, 2, 3, 4, 5, 6]
+    assert log.rows[-1]["train_loss"] < log.rows[0]["train_loss"]
+    best = max(row["validation_accuracy"] for row in log.rows)
+    images, labels = tiny_splits(n).validation
+    assert fn.accuracy(fn.extract_features(module, images, config).argmax(1), labels) == pytest.approx(best)
+
+
+def test_same_seed_same_numbers(tmp_path):
+    """Weights, order and dropout follow from the seed alone; another seed gives other numbers."""
+    logs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(torch.seed())
+        logs.append(rnn.train(tiny_config(seed=seed), "rnn", tiny_splits())[1])
+    losses = [[(row["train_loss"], row["validation_loss"]) for row in log.rows] for log in logs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_interrupted_and_resumed_is_bit_identical(tmp_path):
+    """Stopped after any epoch and gone on with, weights and metrics are those of a run never interrupted."""
+
+    class Stop(rnn.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                raise KeyboardInterrupt
+
+    config = tiny_config(epochs=7, learning_rate=0.5, patience=0)  # patience 0: the rate falls during the run
+    whole, whole_log = rnn.train(config, "lstm", tiny_splits(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        rnn.train(config, "lstm", tiny_splits(), tmp_path / "parts", [Stop()])
+    parts, parts_log = rnn.train(config, "lstm", tiny_splits(), tmp_path / "parts")
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    timeless = [[{k: v for k, v in r.items() if "second" not in k} for r in log.rows] for log in (whole_log, parts_log)]
+    assert timeless[0] == timeless[1]
+    assert len({row["learning_rate"] for row in whole_log.rows}) > 1, "the schedule was not exercised"
+
+
+def test_learning_rate_falls_on_a_plateau():
+    _, log = rnn.train(tiny_config(epochs=5, learning_rate=1e-9, patience=1), "rnn", tiny_splits())
+    rates = [row["learning_rate"] for row in log.rows]
+    assert rates[0] == 1e-9
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(fn.Diverged, match=r"epoch 1, step \d+, learning rate 1e\+30"):
+        rnn.train(tiny_config(learning_rate=1e30), "rnn", tiny_splits(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[
+            (flag, 0)
+            for flag in ("epochs", "hidden_size", "num_layers", "l2", "l3", "learning_rate", "validation_fraction")
+        ],
+        *[("batch_size", 1), ("learning_rate", float("nan")), ("weight_decay", -1.0), ("patience", -1)],
+    ],
+)
+def test_bad_values_are_refused_by_name(field, value):
+    with pytest.raises(fn.UserError, match=f"--{field} "):
+        rnn.Config(**{field: value}).validate()
