@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 import lightning
@@ -98,9 +98,7 @@ class OneLineParser(jsonargparse.ArgumentParser):
         message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
         message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
-        message = re.sub(
-            r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file (see --help)", message
-        )
+        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
         raise UserError(" ".join(message.split()))
 
 
@@ -133,7 +131,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         given = parser.parse_args(["--config", str(saved_file), *argv])
         differing = [k for k in vars(saved) if k not in ("config", "resume", "output_dir") and saved[k] != given[k]]
         check(
-            not differing, f"--resume {folder}: that run was started with another value of --{', --'.join(differing)}"
+            not differing, f"--resume {folder}: that run began with another --{' and --'.join(differing)}; leave it out"
         )
         given.resume, given.output_dir = str(folder), str(folder)
     config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
@@ -147,16 +145,13 @@ def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], d
     try:
         main(parse_config(config_class, sys.argv[1:], description))
     except UserError as error:
-        sys.exit(_say(f"{script}: error: {error}", status=2))
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         how = interrupt.args[0] if interrupt.args else "nothing was saved yet"
-        sys.exit(_say(f"\n{script}: interrupted; {how}", status=130))
+        print(f"\n{script}: interrupted; {how}", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)
-
-
-def _say(line: str, status: int) -> int:
-    print(line, file=sys.stderr)
-    return status
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,10 +211,8 @@ def _new_folder(script: str, config: RunConfig) -> Path:
     try:
         if config.output_dir:
             wanted.mkdir(parents=True, exist_ok=True)
-            is_empty = not any(wanted.iterdir())
-            check(
-                is_empty, f"--output_dir {wanted} is not empty: take a new folder, or continue with --resume {wanted}"
-            )
+            full = any(wanted.iterdir())
+            check(not full, f"--output_dir {wanted} is not empty: take a new folder, or go on with --resume {wanted}")
             check(os.access(wanted, os.W_OK), f"--output_dir {wanted} cannot be written to: take another folder")
             return wanted
         for attempt in range(1000):  # two runs started in the same second get different folders
@@ -330,11 +323,7 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
 
     from torchvision import datasets
 
-    archive = {
-        "cifar10": "cifar-10-python.tar.gz",
-        "cifar100": "cifar-100-python.tar.gz",
-        "stl10": "stl10_binary.tar.gz",
-    }
+    archive = "stl10_binary.tar.gz" if name == "stl10" else f"{name.replace('cifar', 'cifar-')}-python.tar.gz"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(8)  # torchvision sets none: without a network it could wait for ever
     try:
@@ -344,14 +333,13 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
             return ImageDataset(name, *train, *test, tuple(splits[0].classes), unlabelled[0])
         kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         splits = [kind(str(data_dir), train=is_train, download=True) for is_train in (True, False)]
-        train, test = (
-            (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits
-        )
+        planes = [torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous() for s in splits]
+        train, test = ((images, torch.tensor(s.targets)) for images, s in zip(planes, splits, strict=True))
         return ImageDataset(name, *train, *test, tuple(splits[0].classes))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad archive
         raise UserError(
             f"--dataset {name} is not in {data_dir} and could not be downloaded ({str(error).splitlines()[0]}): put "
-            f"{archive[name]} into {data_dir}, or run what needs no download: {Path(sys.argv[0]).name} --dataset digits"
+            f"{archive} into {data_dir}, or run what needs no download: {Path(sys.argv[0]).name} --dataset digits"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -438,9 +426,9 @@ def read_image(file: Path, size: int) -> np.ndarray:
                 rgba = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             rgb = upright.convert("RGB")
-            return np.asarray(
-                rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-            )
+            if rgb.size != (size, size):
+                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+            return np.asarray(rgb)
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = str(error).replace(str(file), "the file")
         raise UserError(f"{file} is not an image that can be read ({reason}): replace or remove it") from None
@@ -562,9 +550,7 @@ def resolve_device(accelerator: str) -> str:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
         return next(device for device, present in here.items() if present)
-    check(
-        here[accelerator], f"--accelerator {accelerator}: PyTorch finds none on this machine; leave it out or take cpu"
-    )
+    check(here[accelerator], f"--accelerator {accelerator}: PyTorch finds none here; leave it out, or take cpu")
     return accelerator
 
 
@@ -629,9 +615,7 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if (trainer.current_epoch + 1) % (
-            trainer.check_val_every_n_epoch or 1
-        ):  # validation values are of an older epoch
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):  # no validation in this epoch
             metrics = {name: value for name, value in metrics.items() if name.startswith("train")}
         batches = trainer.train_dataloader
         assert isinstance(batches, Batches)
@@ -644,7 +628,9 @@ class EpochLog(Callback):
             "seconds": round(time.perf_counter() - self.start, 3),
         }
         if not all(np.isfinite(value) for value in row.values()):
-            raise Diverged(self._diverged(trainer, row))
+            saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+            where = f"epoch {row['epoch']}, step {trainer.global_step}, learning rate {self.learning_rate:g}"
+            raise Diverged(f"the loss is not finite ({where}): lower --learning_rate; last good checkpoint: {saved}")
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["epoch"]))
@@ -653,21 +639,14 @@ class EpochLog(Callback):
         if not self.quiet:
             pl_module.print(self._line(row, trainer.max_epochs or 0), flush=True)
 
-    def _diverged(self, trainer: lightning.Trainer, row: dict[str, float]) -> str:
-        saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
-        where = f"epoch {row['epoch']}, step {trainer.global_step}, learning rate {row['learning_rate']:g}"
-        return f"the loss is no longer finite ({where}): lower --learning_rate; last good checkpoint: {saved}"
-
     def _line(self, row: dict[str, float], epochs: int) -> str:
         words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
         for split in ("train", "validation", "knn"):
             loss, accuracy = row.get(f"{split}_loss"), row.get(f"{split}_accuracy")
-            if loss is not None or accuracy is not None:
-                words.append(
-                    split.replace("knn", "k-NN")
-                    + (f" loss {loss:.4f}" if loss is not None else "")
-                    + (f" {100 * accuracy:.1f} %" if accuracy is not None else "")
-                )
+            if loss is not None:
+                words.append(f"{split} loss {loss:.4f}")
+            if accuracy is not None:
+                words.append(f"{100 * accuracy:.1f} %" if loss is not None else f"k-NN {100 * accuracy:.1f} %")
         words += [f"lr {row['learning_rate']:.2g}", f"{row['images_per_second']:,.0f} images/s"]
         left = (epochs - row["epoch"]) * float(np.mean([r["seconds"] for r in self.rows]))
         return "  ".join(words) + (f"  {format_time(left)} left" if left else "")
@@ -684,14 +663,10 @@ def write_csv(file: Path, rows: list[dict[str, float]]) -> None:
 
 def format_time(seconds: float) -> str:
     """A duration for people: 45 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{minutes} min"
-        if minutes < 90
-        else f"{minutes // 60} h {minutes % 60:02} min"
-    )
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def make_trainer(
@@ -877,10 +852,7 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, A
 
 def save_figure(figure: Figure, file: Path) -> None:
     """Save as PNG and print its path."""
-    buffer: IO[bytes] = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    buffer.seek(0)
-    write_atomically(file, buffer.read())
+    figure.savefig(file, dpi=120)
     print(f"  figure {file}")
 
 
@@ -899,7 +871,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Pa
         axis.set(xlabel="epoch", ylabel=quantity)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     save_figure(figure, file)
@@ -928,13 +900,12 @@ def plot_tsne(points: np.ndarray, labels: Tensor, classes: Sequence[str], file: 
     from matplotlib import colormaps
 
     figure, axis = new_figure(8.2, 6.6)
+    size = max(2, min(14, 20000 / len(points)))
     colors = colormaps["tab10" if len(classes) <= 10 else "gist_ncar"]
     for i, name in enumerate(classes):
         color = colors(i if len(classes) <= 10 else i / len(classes))
         chosen = (labels == i).numpy()
-        axis.scatter(
-            *points[chosen].T, s=max(2, min(14, 20000 / len(points))), color=color, alpha=0.7, lw=0, label=name
-        )
+        axis.scatter(*points[chosen].T, s=size, color=color, alpha=0.7, lw=0, label=name)
     if len(classes) <= 20:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2.5)
     axis.set(title=title, xticks=[], yticks=[])

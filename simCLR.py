@@ -652,7 +652,7 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
     if checked:
         axes[1].plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
         axes[1].set(xlabel="epoch", ylabel="k-NN accuracy", title="Held-out training images, with labels")
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
         axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes if checked else [axes]:
         axis.grid(alpha=0.3)
