@@ -637,7 +637,8 @@ class EpochLog(Callback):
         if self.file is not None:
             write_csv(self.file, self.rows)
         if not self.quiet:
-            pl_module.print(self._line(row, trainer.max_epochs or 0), flush=True)
+            pl_module.print(self._line(row, trainer.max_epochs or 0))  # above the progress bar, if there is one
+            sys.stdout.flush()
 
     def _line(self, row: dict[str, float], epochs: int) -> str:
         words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
@@ -669,6 +670,17 @@ def format_time(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with its time to go, epochs counted from 1; the numbers stand in the epoch lines above it."""
+
+    def get_metrics(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+
 def make_trainer(
     config: RunConfig,
     epochs: int,
@@ -688,7 +700,7 @@ def make_trainer(
     quiet_libraries()
     device = resolve_device(config.accelerator)
     on_terminal = sys.stdout.isatty() and not (log and log.quiet)
-    extra = [log, checkpoint, TQDMProgressBar(leave=False) if on_terminal else None]
+    extra = [log, checkpoint, ProgressBar(leave=False) if on_terminal else None]
     return lightning.Trainer(
         accelerator=device,
         devices=1,

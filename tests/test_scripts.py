@@ -1,12 +1,15 @@
 """Each script, end to end, on tiny data, as a user runs it; and what it says when something is wrong."""
 
+import contextlib
 import csv
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -197,6 +200,25 @@ def test_a_run_that_diverges_ends_in_one_line(image_folder, run, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "not finite" in done.stderr
+
+
+def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp_path):
+    """Under a pseudo-terminal: a bar with the time left, and the epoch lines above it."""
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (40, 120))
+    flags = ["--dataset", str(image_folder), "--image_size", "8", "--epochs", "3", "--output_dir", "out"]
+    command = [sys.executable, fn.__file__.replace("functions.py", "rnn.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=there, stderr=there, stdin=there)
+    os.close(there)
+    screen = b""
+    with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+        while block := os.read(here, 4096):
+            screen += block
+    os.close(here)
+    assert process.wait() == 0, screen
+    text = screen.decode()
+    assert re.search(r"epoch 2/3: +\d+%\|.*<\d\d:\d\d", text)
+    assert len(re.findall(r"epoch \d/3  train loss", text)) == 3
 
 
 def png(file, color="red", size=(8, 8)):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare, ks_2samp
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.transforms import ColorJitter, Compose, GaussianBlur, RandomApply, RandomGrayscale, RandomResizedCrop
-from torchvision.transforms import RandomHorizontalFlip as Flip
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision import models, transforms
 from torchvision.transforms import functional as tv
 from torchvision.transforms.v2.functional import resized_crop
 
@@ -20,6 +19,15 @@ import simCLR
 
 CPU = torch.device("cpu")
 ADJUSTMENTS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Thousands of tiny tensor operations: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +115,7 @@ def box_quantities(top: Tensor, left: Tensor, h: Tensor, w: Tensor, height: int,
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
     ours = simCLR.crop_boxes(5000, height, width, scale, CPU)
     image = torch.empty(3, height, width)
-    draws = [RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(5000)]
+    draws = [transforms.RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(5000)]
     theirs = torch.tensor(draws, dtype=torch.float32).unbind(1)
     assert_same_distribution(box_quantities(*ours, height, width), box_quantities(*theirs, height, width))
 
@@ -237,7 +245,7 @@ def test_the_order_of_the_four_adjustments_is_uniform(monkeypatch, batch):
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_color_jitter_is_distributed_as_torchvisions(strength):
     n, image, s = 3000, colourful(8), strength
-    jitter = RandomApply([ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8)
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8)
     ours, theirs = simCLR.color_jitter(copies(image, n), s, p=0.8), one_by_one(jitter, image, n)
     assert_same_distribution(statistics(ours), statistics(theirs))
     assert_rate(int(is_near(ours, image).sum()), n, 0.2)
@@ -257,7 +265,7 @@ def test_each_part_of_the_jitter_is_distributed_as_torchvisions(monkeypatch, par
     monkeypatch.setattr(simCLR, "uniform", isolated)
     n, image = 3000, colourful(8)
     ours = simCLR.color_jitter(copies(image, n), 1.0, p=1.0)
-    theirs = one_by_one(ColorJitter(**{part: 0.2 if part == "hue" else 0.8}), image, n)
+    theirs = one_by_one(transforms.ColorJitter(**{part: 0.2 if part == "hue" else 0.8}), image, n)
     assert_same_distribution(statistics(ours), statistics(theirs))
 
 
@@ -274,11 +282,11 @@ def test_random_grayscale_rate_and_values():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "kernel", "n"), [(32, 3, 3000), (96, 9, 1000)])
+@pytest.mark.parametrize(("side", "kernel", "n"), [(32, 3, 3000), (96, 9, 500)])
 def test_gaussian_blur_is_distributed_as_torchvisions(side, kernel, n):
     image = colourful(side)
     ours = torch.cat([simCLR.gaussian_blur(copies(image, 100), p=1.0) for _ in range(n // 100)])
-    theirs = one_by_one(GaussianBlur(kernel, (0.1, 2.0)), image, n)
+    theirs = one_by_one(transforms.GaussianBlur(kernel, (0.1, 2.0)), image, n)
     names = ("contrast", "saturation", "sharpness")  # blur does not move an image's mean colours
     assert_same_distribution(*({name: statistics(x)[name] for name in names} for x in (ours, theirs)))
 
@@ -336,8 +344,9 @@ def test_augmentations_leave_their_input_alone(name):
 def test_a_view_is_distributed_as_torchvisions_pipeline():
     """Crop, flip, jitter, grayscale, in the paper's order (Appendix A)."""
     n, image = 2000, (255 * colourful(16)).byte()
-    jitter = RandomApply([ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    pipeline = Compose([RandomResizedCrop(16, antialias=True), Flip(), jitter, RandomGrayscale(0.2)])
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    crop = transforms.RandomResizedCrop(16, antialias=True)
+    pipeline = transforms.Compose([crop, transforms.RandomHorizontalFlip(), jitter, transforms.RandomGrayscale(0.2)])
     ours = simCLR.two_views(copies(image, n // 2), make_config())
     assert_same_distribution(statistics(ours), statistics(one_by_one(pipeline, image / 255, n)))
 
@@ -578,25 +587,35 @@ def test_an_unlabelled_set_has_no_monitor():
 
 
 def test_pretraining_learns_and_its_checkpoint_gives_the_encoder(tmp_path):
-    """64 digits, ResNet18: the loss falls from near chance, log(2N - 1), and a Lightning checkpoint has f's weights."""
+    """64 digits, ResNet18: the loss falls from chance, about log(2N - 1); a Lightning checkpoint has f's weights."""
     data = fn.load_dataset("digits")
-    monitor = simCLR.knn_monitor(data, seed=0)
-    config = make_config(epochs=12, batch_size=64, learning_rate=0.4, crop_scale=0.3, knn_every=6)
+    data.train_images, data.train_labels = data.train_images[:300], data.train_labels[:300]
+    config = make_config(epochs=12, batch_size=64, learning_rate=0.8, crop_scale=0.5, flip=0.0, knn_every=12)
     encoder, feature_dim = simCLR.build_encoder("resnet18", "cifar")
     model = simCLR.SimCLRModel(encoder, feature_dim, 64, 32)
     log = fn.EpochLog(quiet=True)
     trainer = fn.make_trainer(config, config.epochs, log=log, check_val_every_n_epoch=config.knn_every)
-    fn.fit(trainer, simCLR.Pretraining(model, data.train_images[:64], monitor, config))
+    module = simCLR.Pretraining(model, data.train_images[:64], simCLR.knn_monitor(data, seed=0), config)
+    fn.fit(trainer, module)
     losses = [row["train_loss"] for row in log.rows]
     assert len(losses) == 12
     assert losses[0] < math.log(127) + 1
-    assert 0 < losses[-1] < losses[0] - 0.5
+    assert 0 < sum(losses[-3:]) / 3 < losses[0] - 0.4
     assert log.rows[-1]["knn_accuracy"] > 0.3  # chance is 0.1
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     fresh, _ = simCLR.build_encoder("resnet18", "cifar")
     simCLR.load_encoder(fresh, tmp_path / "last.ckpt")
     assert_same_bits(fresh, encoder.state_dict())
+
+
+def test_one_step_stays_on_its_device(encoder):
+    """Views, model and loss on an imagined GPU, where a tensor left on the CPU is an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = simCLR.SimCLRModel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(14), nn.Flatten()), 8, 16, 5)
+        images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+        loss = fn.nt_xent_loss(model(simCLR.two_views(images, make_config(blur=0.5))), 0.5)
+    assert loss.device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -642,15 +661,14 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing(encoder, tmp_path, da
 @pytest.mark.parametrize(
     "value",
     [
-        {"0.weight": torch.zeros(8, 3, 3, 3)},
-        {"state_dict": {"model.rnn.weight": torch.zeros(2)}},
-        {"state_dict": None},
-        {"state_dict": {0: torch.zeros(2)}},
-        torch.zeros(3),
-        [1, 2],
-        {},
+        pytest.param({"0.weight": torch.zeros(8, 3, 3, 3)}, id="a part of the weights"),
+        pytest.param({"state_dict": {"model.rnn.weight": torch.zeros(2)}}, id="another script's checkpoint"),
+        pytest.param({"state_dict": None}, id="no weights"),
+        pytest.param({"state_dict": {0: torch.zeros(2)}}, id="weights without names"),
+        pytest.param(torch.zeros(3), id="a tensor"),
+        pytest.param([1, 2], id="a list"),
+        pytest.param({}, id="nothing"),
     ],
-    ids=lambda value: str(value)[:24],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(encoder, tmp_path, value):
     file, state = tmp_path / "other.pt", cloned_state(encoder)
@@ -676,7 +694,7 @@ class Intruder:
         return Path.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, protocol=2))])
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(encoder, tmp_path, save):
     file, folder = tmp_path / "encoder.pt", tmp_path / "made by the pickle"
     save({"0.weight": Intruder(folder)}, file)
@@ -707,11 +725,8 @@ def probed(features: simCLR.Features, probe: str, **values) -> nn.Linear:
 
 
 @torch.no_grad()
-def test_accuracy(classifier: nn.Module, features: simCLR.Features) -> float:
+def accuracy_of(classifier: nn.Module, features: simCLR.Features) -> float:
     return fn.accuracy(classifier(features.test).argmax(1), features.test_labels)
-
-
-test_accuracy.__test__ = False  # a helper, in spite of its name
 
 
 def test_a_gradient_step_moves_the_classifier_and_not_one_bit_of_the_encoder(encoder):
@@ -759,7 +774,7 @@ def test_the_probe_leaves_every_bit_of_the_encoder(encoder, probe):
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
 def test_the_probe_separates_what_is_linearly_separable(probe, num_classes):
     features = blobs(num_classes)
-    assert test_accuracy(probed(features, probe), features) == 1.0
+    assert accuracy_of(probed(features, probe), features) == 1.0
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
@@ -793,7 +808,7 @@ def test_a_feature_constant_in_training_has_no_say_in_the_test(probe):
     """A unit that is dead, or a pixel that is black, in all training images: nothing was learned of it."""
     features = blobs()
     features.train[:, 5], features.test[:, 5] = 0.0, torch.rand(len(features.test))
-    assert test_accuracy(probed(features, probe), features) == 1.0
+    assert accuracy_of(probed(features, probe), features) == 1.0
 
 
 def test_the_sgd_probe_records_an_epoch_per_row():
