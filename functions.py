@@ -32,6 +32,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
@@ -122,6 +123,9 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             argv[i] = "--resume=latest"
     parser = make_parser(config_class, description)
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word == "--config" or word.startswith("--config="):
+            check_yaml(Path(word.partition("=")[2] or following))
     given = parser.parse_args(argv)
     if given.resume is not None:
         folder = newest_run(Path(sys.argv[0]).stem) if given.resume == "latest" else Path(given.resume)
@@ -134,9 +138,23 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
             not differing, f"--resume {folder}: that run began with another --{' and --'.join(differing)}; leave it out"
         )
         given.resume, given.output_dir = str(folder), str(folder)
+    for field in fields(config_class):
+        check(given[field.name] is not None or field.default is None, f"--{field.name} must have a value, not null")
     config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
     config.validate()
     return config
+
+
+def check_yaml(file: Path) -> None:
+    """Raise UserError unless `file` is a YAML mapping of plain values."""
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"--config {file} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {file} is not YAML of plain values ({reason})") from None
+    check(isinstance(values, dict), f"--config {file} must have lines of the form `key: value`")
 
 
 def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None) -> NoReturn:
@@ -228,8 +246,11 @@ def _new_folder(script: str, config: RunConfig) -> Path:
 def save_config(file: Path, config: RunConfig) -> None:
     """Write a configuration as the YAML that `--config` reads; where the run wrote and resumed is not part of it."""
     values = {**asdict(config), "output_dir": None, "resume": None}
-    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())  # JSON's values are YAML's too
-    write_atomically(file, text.encode())
+    plain = {
+        k: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else yaml.safe_dump(v) for k, v in values.items()
+    }
+    lines = [f"{key}: {text.splitlines()[0]}\n" for key, text in plain.items()]
+    write_atomically(file, "".join(lines).encode())
 
 
 def save_results(folder: Path, config: RunConfig, started: float, **outcome: Any) -> None:
@@ -336,9 +357,10 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
         planes = [torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous() for s in splits]
         train, test = ((images, torch.tensor(s.targets)) for images, s in zip(planes, splits, strict=True))
         return ImageDataset(name, *train, *test, tuple(splits[0].classes))
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError on a bad archive
+    except Exception as error:  # of the network, the disk, or a damaged archive
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--dataset {name} is not in {data_dir} and could not be downloaded ({str(error).splitlines()[0]}): put "
+            f"--dataset {name} is not in {data_dir} and could not be downloaded ({reason}): put "
             f"{archive} into {data_dir}, or run what needs no download: {Path(sys.argv[0]).name} --dataset digits"
         ) from None
     finally:
@@ -349,7 +371,7 @@ def _load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     """A folder of the user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
     name = str(folder)
     if not (folder / "train").is_dir():
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_visible(path))
+        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_visible(path.relative_to(folder)))
         check(bool(files), f"--dataset {folder} has neither images in it nor a folder train/<class>/ with images")
         return ImageDataset(name, _decode(folder, files, data_dir, size), None, None, None, ())
     files, labels, classes = _class_files(folder / "train")
@@ -364,10 +386,12 @@ def _load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     return ImageDataset(name, images[:n], labels, images[n:], test_labels, classes)
 
 
-def _is_visible(path: str | Path) -> bool:
+def _is_visible(path: Path) -> bool:
     """Every file counts as an image but those that systems hide: what is none is found on decoding, and named."""
-    name = Path(path).name.lower()
-    return not name.startswith(".") and name not in ("thumbs.db", "desktop.ini")
+    return not any(part.startswith(".") for part in path.parts) and path.name.lower() not in (
+        "thumbs.db",
+        "desktop.ini",
+    )
 
 
 def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
@@ -375,7 +399,8 @@ def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     from torchvision.datasets import ImageFolder
 
     check(any(path.is_dir() for path in split.iterdir()), f"--dataset: {split} has no class folders: {split}/<class>/*")
-    found = ImageFolder(str(split), is_valid_file=_is_visible, allow_empty=True)
+    visible = lambda path: _is_visible(Path(path).relative_to(split))  # noqa: E731
+    found = ImageFolder(str(split), is_valid_file=visible, allow_empty=True)
     check(bool(found.samples), f"--dataset: no images in {split}/<class>/")
     used = sorted(set(found.targets))  # an empty folder is no class
     labels = torch.tensor([used.index(label) for label in found.targets])
@@ -384,7 +409,7 @@ def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
 
 def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
     """Decode files to uint8 (N, 3, size, size), once: cached under a key of every path, length and time of change."""
-    key = hashlib.sha256(f"1 {size}".encode())
+    key = hashlib.sha256(f"1 {size} {folder.resolve()}\0".encode())
     for file in files:
         stat = file.stat()
         key.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -396,6 +421,9 @@ def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tenso
                 return images
     print(f"decoding {len(files):,} images of {folder} (once; kept in {cache})", flush=True)
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image refuses such files itself
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files, chunksize=64)):
             images[i] = torch.tensor(pixels).permute(2, 0, 1)
@@ -420,7 +448,7 @@ def read_image(file: Path, size: int) -> np.ndarray:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.draft("RGB", (size, size))  # a JPEG decoder may shrink by 2, 4 or 8 as it reads
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip, not scale
+            if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip, not scale
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             if upright.mode in ("P", "PA", "LA", "RGBA"):  # a transparent pixel's colour is arbitrary: show white
                 rgba = upright.convert("RGBA")
@@ -509,8 +537,9 @@ class Batches:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as (seed, epoch, rank)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """One 63-bit seed from several numbers, such as (seed, epoch, rank); (3, 4) and (3, 4, 0) give different ones."""
+    sequence = np.random.SeedSequence([len(numbers), *numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -820,7 +849,8 @@ def knn_predict(
         similarity = F.normalize(part.float(), dim=1) @ bank.T  # (block, N)
         nearest, index = similarity.topk(k, dim=1)  # (block, k)
         votes = torch.zeros(len(part), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[index], (nearest / temperature).exp())
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest's: never infinite
+        votes.scatter_add_(1, bank_labels[index], weights)
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 

@@ -215,25 +215,25 @@ def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
     Brightness, contrast and saturation blend an image with black, its mean grey, and its own grey version. Hue turns
     before the 1st, 2nd or 3rd blend of an image, or after the last: a random quarter of the batch each.
     """
-    n, device = len(x), x.device
+    n, device = 4 * math.ceil(len(x) / 4), x.device
+    count, x = len(x), x[torch.arange(n, device=device) % len(x)]  # filled up to four equal quarters
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     jittered = uniform(n, 0, 1, device) < p
     factors = torch.where(jittered.view(-1, 1), uniform(3 * n, low, high, device).view(n, 3), 1.0)
     shift = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
     order = torch.rand(n, 3, device=device).argsort(1)  # which blend comes 1st, 2nd, 3rd
-    quarters = torch.randperm(n, device=device).tensor_split(4)
+    quarters = torch.randperm(n, device=device).view(4, -1)
 
-    for turn in range(4):
-        quarter = quarters[turn]
+    for turn, quarter in enumerate(quarters):
         x[quarter] = shift_hue(x[quarter], shift[quarter])
         if turn == 3:
-            return x
+            break
         kind = order[:, turn].view(-1, 1, 1, 1)  # 0 brightness, 1 contrast, 2 saturation
         factor = factors.gather(1, order[:, turn : turn + 1]).view(-1, 1, 1, 1)
         grey = luminance(x)
         other = grey.mean((2, 3), keepdim=True) * (kind == 1) + grey * (kind == 2)
         x = (x * factor).add_((1 - factor) * other).clamp_(0, 1)
-    return x
+    return x[:count]
 
 
 def random_grayscale(x: Tensor, p: float) -> Tensor:
@@ -442,19 +442,17 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
 def load_encoder(encoder: nn.Module, file: Path) -> None:
     """Load weights from an encoder.pt or a checkpoint of this script. Data only, never code. Raises UserError."""
     check(file.is_file(), f"--checkpoint {file}: no such file")
+    prefix = "model.encoder."
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if "state_dict" in state:
+            state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
+        found = {name: value.shape for name, value in state.items()}
     except Exception:  # a damaged file can fail in many ways
         raise UserError(f"--checkpoint {file} is damaged, or no checkpoint at all: take another file") from None
-    if isinstance(state, dict) and "state_dict" in state:
-        prefix = "model.encoder."
-        state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
     expected = {name: value.shape for name, value in encoder.state_dict().items()}
-    if (
-        not isinstance(state, dict)
-        or {name: getattr(value, "shape", None) for name, value in state.items()} != expected
-    ):
-        raise UserError(f"--checkpoint {file} is of another encoder: give the --encoder and --stem it was trained with")
+    other = f"--checkpoint {file} is of another encoder: give the --encoder and --stem it was trained with"
+    check(found == expected, other)
     encoder.load_state_dict(state)
 
 
@@ -517,7 +515,7 @@ def train_probe(classifier: nn.Linear, features: Features, config: Config) -> li
     linear classifier of h, reached without tuning a learning rate to each encoder. The test curve chooses nothing.
     """
     std, mean = torch.std_mean(features.train, dim=0)
-    std = std.clamp_min(1e-6)
+    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
     train, test = (features.train - mean) / std, (features.test - mean) / std
     rows: list[dict[str, float]] = []
     if config.probe == "lbfgs":
