@@ -170,7 +170,7 @@ def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run, tmp_path
 
 def test_ctrl_c_says_how_to_resume_and_the_resumed_run_ends_the_same(image_folder, run, tmp_path):
     """Interrupted after its first epochs, a run goes on to the very numbers of one that never stopped."""
-    flags = ["--dataset", image_folder, "--epochs", 30, "--image_size", 8, "--batch_size", 16, "--seed", 7]
+    flags = ["--dataset", image_folder, "--epochs", 15, "--image_size", 8, "--batch_size", 16, "--seed", 7]
     whole = run("rnn.py", *flags, "--output_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, fn.__file__.replace("functions.py", "rnn.py"), *map(str, flags), "--output_dir", "parts"]
@@ -190,7 +190,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resumed_run_ends_the_same(image_folde
     for name in ("whole", "parts"):
         rows = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
         metrics.append([{k: v for k, v in row.items() if "second" not in k} for row in rows])
-    assert len(metrics[0]) == 30
+    assert len(metrics[0]) == 15
     assert metrics[0] == metrics[1]
 
 
