@@ -745,6 +745,13 @@ def test_a_gradient_step_moves_the_classifier_and_not_one_bit_of_the_encoder(enc
     assert not torch.equal(model.classifier.weight, before)
 
 
+def test_no_gradient_flows_through_the_frozen_encoder(encoder):
+    x = torch.rand(4, 3, 8, 8, requires_grad=True)
+    simCLR.LinearClassifier(encoder, 8, 3)(x).sum().backward()
+    assert x.grad is None
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
 def test_the_encoder_stays_in_eval_mode(encoder):
     model = simCLR.LinearClassifier(encoder.train(), 8, 3)
     assert not any(module.training for module in encoder.modules())
@@ -812,11 +819,13 @@ def test_a_feature_constant_in_training_has_no_say_in_the_test(probe):
 
 
 def test_the_sgd_probe_records_an_epoch_per_row():
-    features = blobs()
-    config = make_config(probe="sgd", probe_epochs=3)
-    rows = simCLR.train_probe(nn.Linear(6, 3), features, config)
+    """The last row tells of the classifier that comes back."""
+    features, classifier = blobs(spread=0.8), nn.Linear(6, 3)
+    features.train, features.test = features.train + 5, features.test + 5
+    rows = simCLR.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy"} <= set(rows[0])
+    assert rows[-1]["test_accuracy"] == pytest.approx(accuracy_of(classifier, features))
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
