@@ -253,11 +253,11 @@ def save_config(file: Path, config: RunConfig) -> None:
     write_atomically(file, "".join(lines).encode())
 
 
-def save_results(folder: Path, config: RunConfig, started: float, **outcome: Any) -> None:
-    """Write results.json: what ran, where, with which versions, and its outcome (accuracies as fractions of 1)."""
+def start_record(config: RunConfig) -> dict[str, Any]:
+    """What runs, where, and with which versions: the beginning of results.json, to be taken before the work starts."""
     device = resolve_device(config.accelerator)
     commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    record = {
+    return {
         "script": Path(sys.argv[0]).name,
         "dataset": config.dataset,
         "seed": config.seed,
@@ -267,10 +267,15 @@ def save_results(folder: Path, config: RunConfig, started: float, **outcome: Any
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "lightning": lightning.__version__},
         "git_commit": commit,
         "git_dirty": None if status is None else bool(status),
-        "seconds": round(time.time() - started, 1),
-        **outcome,
+        "seconds": time.time(),
     }
+
+
+def save_results(folder: Path, record: dict[str, Any], **outcome: Any) -> None:
+    """Write results.json: the record of the run's start, its seconds, and its outcome (accuracies: fractions of 1)."""
+    record = {**record, "seconds": round(time.time() - record["seconds"], 1), **outcome}
     write_atomically(folder / "results.json", (json.dumps(record, indent=2) + "\n").encode())
+    print(f"results in {folder}/results.json")
 
 
 def _git(*words: str) -> str | None:
@@ -718,11 +723,11 @@ def make_trainer(
     folder: Path | None = None,
     log: EpochLog | None = None,
     checkpoint: ModelCheckpoint | None = None,
-    check_val_every_n_epoch: int = 1,
+    **options: Any,
 ) -> lightning.Trainer:
     """A Lightning trainer that is quiet, seeded per epoch, and writes into `folder` (TensorBoard) if it is given.
 
-    Progress bar on a terminal only; the epoch lines come from `log`.
+    Progress bar on a terminal only; the epoch lines come from `log`. `options` are further ones of Lightning's Trainer.
     """
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -742,8 +747,7 @@ def make_trainer(
         enable_progress_bar=on_terminal,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=check_val_every_n_epoch,
-        log_every_n_steps=1,
+        **options,
     )
 
 

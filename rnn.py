@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,7 +253,7 @@ def print_table(cells: dict[str, dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> None:
-    started = time.time()
+    record = fn.start_record(config)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     splits = split(data, config)
     cells = list(CELLS) if config.cell == "all" else [config.cell]
@@ -280,8 +279,7 @@ def main(config: Config) -> None:
         fn.plot_curves(curves, "validation", folder / "curves.png", f"Reading {Path(data.name).name} images row by row")
         results = {cell: result for cell, (result, _, _) in outcomes.items()}
         print_table(results)
-        fn.save_results(folder, config, started, cells=results)
-        print(f"results in {folder}/results.json")
+        fn.save_results(folder, record, cells=results)
 
 
 if __name__ == "__main__":

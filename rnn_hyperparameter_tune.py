@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,7 +215,7 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
 def main(config: Config) -> None:
     import optuna
 
-    started = time.time()
+    record = fn.start_record(config)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     first = rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2)
@@ -234,8 +233,7 @@ def main(config: Config) -> None:
     with fn.run_folder(config) as folder:
         study = open_study(config, folder)
         run_study(study, splits, config)
-        fn.save_results(folder, config, started, **report(study, config, folder))
-        print(f"results in {folder}/results.json")
+        fn.save_results(folder, record, **report(study, config, folder))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ One step of training, with the paper's letters (Section 2.1, Figure 2):
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -351,9 +350,8 @@ class Pretraining(lightning.LightningModule):
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), logger=False)
         return loss
 
-    def val_dataloader(self) -> Batches | list[Any]:
-        if self.monitor is None:
-            return []
+    def val_dataloader(self) -> Batches:
+        assert self.monitor is not None
         bank, _, queries, _, _ = self.monitor
         return Batches(torch.cat([bank, queries]).to(self.device), batch_size=500)
 
@@ -361,8 +359,7 @@ class Pretraining(lightning.LightningModule):
         self.features.append(self.model.get_encoder()(self.normalize(batch[0])).float())
 
     def on_validation_epoch_end(self) -> None:
-        if self.monitor is None:
-            return
+        assert self.monitor is not None
         bank, labels, _, query_labels, num_classes = self.monitor
         h = torch.cat(self.features)
         self.features.clear()
@@ -415,9 +412,10 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     module = Pretraining(model, images, knn_monitor(data, config.seed), config)
     log = fn.EpochLog(folder / "metrics.csv")
     checkpoint = ModelCheckpoint(folder / "checkpoints", save_top_k=0, save_last=True, save_on_train_epoch_end=True)
-    trainer = fn.make_trainer(
-        config, config.epochs, folder=folder, log=log, checkpoint=checkpoint, check_val_every_n_epoch=config.knn_every
+    validation: dict[str, Any] = (
+        {"check_val_every_n_epoch": config.knn_every} if module.monitor else {"limit_val_batches": 0}
     )
+    trainer = fn.make_trainer(config, config.epochs, folder=folder, log=log, checkpoint=checkpoint, **validation)
     steps, rate = len(module.batches), actual_learning_rate(config)
     print(
         f"pretraining on {len(images):,} images without labels: batch {config.batch_size} "
@@ -703,14 +701,14 @@ def print_table(table: dict[str, dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> None:
-    started = time.time()
+    record = fn.start_record(config)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     stages = config.stages_list
     if stages != ["pretrain"]:
         data.labelled()  # fails now rather than after hours of pretraining
     n = len(data.pretraining_images)
     too_many = f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}"
-    check(config.batch_size <= n, too_many)
+    check(config.batch_size <= n or "pretrain" not in stages, too_many)
 
     torch.manual_seed(config.seed)
     encoder, feature_dim = build_encoder(config.encoder, config.stem)
@@ -730,8 +728,7 @@ def main(config: Config) -> None:
             results["pretrain"] = pretrain(model, data, config, folder)
         if stages != ["pretrain"]:
             results |= evaluate(encoder, untrained, data, config, folder)
-        fn.save_results(folder, config, started, **results)
-        print(f"results in {folder}/results.json")
+        fn.save_results(folder, record, **results)
 
 
 if __name__ == "__main__":
