@@ -33,9 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,17 +76,20 @@ class RunConfig:
     """decides initial weights, splits, order, augmentation and dropout"""
     accelerator: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute; auto takes a CUDA GPU, else Apple's, else the CPU"""
-    precision: Literal["auto", "32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """float32, or bfloat16 autocast; auto takes bfloat16 where the processor computes it fast"""
     resume: str | None = None
     """continue an interrupted run: its folder, or nothing for the newest one"""
 
     def validate(self) -> None:
         """Check the values that types alone do not (ranges, existing devices). Raises UserError."""
-        check(0 <= self.seed < 2**63, f"--seed must be between 0 and 2^63 - 1, got {self.seed}")
+        check(self.dataset != "", "--dataset is empty: name a data set or a folder")
+        check(0 <= self.seed < 2**32, f"--seed must be between 0 and 2^32 - 1, got {self.seed}")
         size = self.image_size
         check(size is None or 4 <= size <= 1024, f"--image_size must be between 4 and 1024 pixels, got {size}")
         resolve_device(self.accelerator)
+        if self.output_dir is not None and self.resume is None:
+            check_output_dir(Path(self.output_dir))
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -96,7 +100,7 @@ class OneLineParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
-        message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
+        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
         message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
         message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
@@ -131,6 +135,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         folder = newest_run(Path(sys.argv[0]).stem) if given.resume == "latest" else Path(given.resume)
         saved_file = folder / "config.yaml"
         check(saved_file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
+        check_yaml(saved_file)
         saved = parser.parse_args(["--config", str(saved_file)])
         given = parser.parse_args(["--config", str(saved_file), *argv])
         differing = [k for k in vars(saved) if k not in ("config", "resume", "output_dir") and saved[k] != given[k]]
@@ -162,8 +167,8 @@ def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], d
     script = Path(sys.argv[0]).name
     try:
         main(parse_config(config_class, sys.argv[1:], description))
-    except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be read
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         how = interrupt.args[0] if interrupt.args else "nothing was saved yet"
@@ -224,23 +229,27 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
 
 
 def _new_folder(script: str, config: RunConfig) -> Path:
-    name = f"{script}-{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    wanted = Path(config.output_dir) if config.output_dir else Path("runs") / name
-    try:
-        if config.output_dir:
-            wanted.mkdir(parents=True, exist_ok=True)
-            full = any(wanted.iterdir())
-            check(not full, f"--output_dir {wanted} is not empty: take a new folder, or go on with --resume {wanted}")
-            check(os.access(wanted, os.W_OK), f"--output_dir {wanted} cannot be written to: take another folder")
-            return wanted
-        for attempt in range(1000):  # two runs started in the same second get different folders
-            folder = wanted if attempt == 0 else wanted.with_name(f"{name}-{attempt + 1}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
-    except OSError as error:
-        raise UserError(f"--output_dir {wanted} cannot be made ({error.strerror}): take another folder") from None
-    raise UserError(f"--output_dir: {wanted} and 999 like it exist: clear runs/ or name a folder")
+    """The folder that --output_dir names, or a new one in runs/; two runs of the same second get different ones."""
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        check_output_dir(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = f"{script}-{Path(config.dataset).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            (folder := Path("runs") / f"{name}{suffix}").mkdir(parents=True)
+            return folder
+    raise UserError(f"--output_dir: runs/{name} and 998 like it exist; name a folder")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise UserError unless a run can be written to `folder`: one that is new or empty, where one may write."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    usable = existing.is_dir() and os.access(existing, os.W_OK)
+    check(usable, f"--output_dir {folder} cannot be made or written to (because of {existing}): take another folder")
+    full = folder.is_dir() and any(folder.iterdir())
+    check(not full, f"--output_dir {folder} is not empty: take a new folder, or go on with --resume {folder}")
 
 
 def save_config(file: Path, config: RunConfig) -> None:
@@ -354,7 +363,7 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
     socket.setdefaulttimeout(8)  # torchvision sets none: without a network it could wait for ever
     try:
         if name == "stl10":
-            splits = [datasets.STL10(str(data_dir), s, download=True) for s in ("train", "test", "unlabeled")]
+            splits = [datasets.STL10(str(data_dir), s, download=s == "train") for s in ("train", "test", "unlabeled")]
             train, test, unlabelled = ((torch.from_numpy(s.data), torch.from_numpy(s.labels).long()) for s in splits)
             return ImageDataset(name, *train, *test, tuple(splits[0].classes), unlabelled[0])
         kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
@@ -366,7 +375,7 @@ def _load_torchvision(name: str, data_dir: Path) -> ImageDataset:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"--dataset {name} is not in {data_dir} and could not be downloaded ({reason}): put "
-            f"{archive} into {data_dir}, or run what needs no download: {Path(sys.argv[0]).name} --dataset digits"
+            f"{archive} into {data_dir}, or run without it: python {Path(sys.argv[0]).name} --dataset digits"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -414,10 +423,10 @@ def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
 
 def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
     """Decode files to uint8 (N, 3, size, size), once: cached under a key of every path, length and time of change."""
-    key = hashlib.sha256(f"1 {size} {folder.resolve()}\0".encode())
+    key = hashlib.sha256(f"1 {size} ".encode() + os.fsencode(folder.resolve()))
     for file in files:
         stat = file.stat()
-        key.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        key.update(os.fsencode(file.relative_to(folder)) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     cache = data_dir / "cache" / f"{folder.resolve().name}-{size}px-{key.hexdigest()[:16]}.pt"
     if cache.is_file():
         with contextlib.suppress(Exception):  # a damaged cache is decoded afresh, and overwritten
@@ -430,7 +439,7 @@ def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tenso
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image refuses such files itself
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files, chunksize=64)):
+        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files)):
             images[i] = torch.tensor(pixels).permute(2, 0, 1)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -453,9 +462,12 @@ def read_image(file: Path, size: int) -> np.ndarray:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.draft("RGB", (size, size))  # a JPEG decoder may shrink by 2, 4 or 8 as it reads
             upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
             if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip, not scale
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if upright.mode in ("P", "PA", "LA", "RGBA"):  # a transparent pixel's colour is arbitrary: show white
+                levels = np.asarray(upright)
+                upright = Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
+            if upright.mode in ("P", "PA", "LA", "RGBA") or "transparency" in upright.info:  # shown on white
                 rgba = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             rgb = upright.convert("RGB")
@@ -588,14 +600,13 @@ def resolve_device(accelerator: str) -> str:
     return accelerator
 
 
-def resolve_precision(precision: str, device: str) -> Literal["32-true", "bf16-mixed"]:
-    """Lightning's name for a --precision. auto is bfloat16 on CUDA GPUs since Ampere and on CPUs with AMX."""
-    if precision == "auto":
-        if device == "cuda":
-            precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "32"
-        else:
-            precision = "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "32"
-    return "bf16-mixed" if precision == "bf16" else "32-true"
+def resolve_precision(precision: str, device: str) -> Literal["fp32", "bf16"]:
+    """'fp32' or 'bf16'. auto is bfloat16 on CUDA GPUs since Ampere and on CPUs with AMX, where it is fast."""
+    if precision != "auto":
+        return "bf16" if precision == "bf16" else "fp32"
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
+    return "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def describe_machine(config: RunConfig) -> str:
@@ -605,11 +616,54 @@ def describe_machine(config: RunConfig) -> str:
 
 
 class SafeCheckpoints(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all."""
+    """A checkpoint appears whole or not at all, and the one before it is kept beside it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_torch(Path(path), checkpoint)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name("fresh.ckpt")
+        save_torch(fresh, checkpoint)
+        if path.is_file():
+            os.replace(path, previous(path))
+        os.replace(fresh, path)
+
+
+def previous(checkpoint: Path) -> Path:
+    """Where the checkpoint before `checkpoint` is kept."""
+    return checkpoint.with_name(f"previous-{checkpoint.name}")
+
+
+def newest_sound(checkpoint: Path) -> Path | None:
+    """`checkpoint`, or the one before it if it is damaged (with a warning), or None where there is none.
+
+    Raises UserError if all there are damaged.
+    """
+    there = [path for path in (checkpoint, previous(checkpoint)) if path.is_file()]
+    for path in there:
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+            return path
+        except Exception:  # a damaged file can fail in many ways
+            print(f"warning: {path} is damaged", file=sys.stderr)
+    check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; start afresh, without --resume")
+    return None
+
+
+class Checkpoints(Checkpoint):
+    """Saves last.ckpt after every epoch, and best.ckpt when the `best` metric is higher than in all epochs before.
+
+    What was best is read from the log, whose rows travel in the checkpoint: a resumed or moved run remembers it.
+    """
+
+    def __init__(self, folder: Path, log: EpochLog, best: str | None = None) -> None:
+        self.folder, self.epoch_log, self.best = folder, log, best
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if self.best is not None:
+            *earlier, newest = [row[self.best] for row in self.epoch_log.rows]
+            if all(newest > value for value in earlier):
+                trainer.save_checkpoint(self.folder / "best.ckpt")
 
 
 class EpochSeed(Callback):
@@ -662,7 +716,7 @@ class EpochLog(Callback):
             "seconds": round(time.perf_counter() - self.start, 3),
         }
         if not all(np.isfinite(value) for value in row.values()):
-            saved = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+            saved = self.file.with_name("checkpoints") / "last.ckpt" if self.file and self.rows else "none"
             where = f"epoch {row['epoch']}, step {trainer.global_step}, learning rate {self.learning_rate:g}"
             raise Diverged(f"the loss is not finite ({where}): lower --learning_rate; last good checkpoint: {saved}")
         self.rows.append(row)
@@ -722,7 +776,7 @@ def make_trainer(
     *,
     folder: Path | None = None,
     log: EpochLog | None = None,
-    checkpoint: ModelCheckpoint | None = None,
+    checkpoint: Checkpoints | None = None,
     **options: Any,
 ) -> lightning.Trainer:
     """A Lightning trainer that is quiet, seeded per epoch, and writes into `folder` (TensorBoard) if it is given.
@@ -738,7 +792,7 @@ def make_trainer(
     return lightning.Trainer(
         accelerator=device,
         devices=1,
-        precision=resolve_precision(config.precision, device),
+        precision="bf16-mixed" if resolve_precision(config.precision, device) == "bf16" else "32-true",
         max_epochs=epochs,
         callbacks=[EpochSeed(config.seed), *callbacks, *(callback for callback in extra if callback is not None)],
         plugins=[SafeCheckpoints()],
@@ -747,6 +801,7 @@ def make_trainer(
         enable_progress_bar=on_terminal,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        log_every_n_steps=1,
         **options,
     )
 
@@ -756,15 +811,16 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and which accelerators were found
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's use of PyTorch
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # on a resume, it is
 
 
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
-    """`trainer.fit`, from `checkpoint` if that file exists. Ctrl-C stays KeyboardInterrupt, where Lightning exits."""
+    """`trainer.fit`, from `checkpoint` if it is there. Ctrl-C stays KeyboardInterrupt, where Lightning exits."""
     try:
-        trainer.fit(module, ckpt_path=checkpoint if checkpoint and checkpoint.is_file() else None, weights_only=True)
+        trainer.fit(module, ckpt_path=newest_sound(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit:
-        raise KeyboardInterrupt from None
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 class Classification(lightning.LightningModule):
@@ -822,11 +878,12 @@ def extract_features(model: nn.Module, images: Tensor, config: RunConfig, batch_
     The model's mode and device are put back afterwards.
     """
     device, was_training = resolve_device(config.accelerator), model.training
-    reduced = resolve_precision(config.precision, device) == "bf16-mixed"
+    reduced = resolve_precision(config.precision, device) == "bf16"
     model.eval().to(device)
     with torch.autocast(device, torch.bfloat16, enabled=reduced):
         batches = Batches(images, batch_size=batch_size)
-        features = [model(batch.to(device)).float().cpu() for (batch,) in batches]
+        bar = tqdm(batches, "features", leave=False, disable=not sys.stdout.isatty())
+        features = [model(batch.to(device)).float().cpu() for (batch,) in bar]
     model.train(was_training).cpu()
     return torch.cat(features)
 
@@ -874,9 +931,10 @@ def print_per_class(per_class: dict[str, float | None]) -> None:
     """Print the accuracy of each class, best first, and name the worst three."""
     ranked = sorted(((v, name) for name, v in per_class.items() if v is not None), reverse=True)
     width = max(len(name) for _, name in ranked)
-    if len(ranked) <= 20:
-        for value, name in ranked:
-            print(f"    {name:{width}}  {100 * value:5.1f} %  {'#' * round(30 * value)}")
+    for value, name in ranked if len(ranked) <= 20 else ranked[:3]:
+        print(f"    {name:{width}}  {100 * value:5.1f} %  {'#' * round(30 * value)}")
+    if len(ranked) > 20:
+        print(f"    ... and {len(ranked) - 3} more in results.json")
     print("  hardest classes: " + ", ".join(f"{name} {100 * value:.1f} %" for value, name in reversed(ranked[-3:])))
 
 
@@ -896,9 +954,16 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, A
     return figure, axes
 
 
+def plain(name: str) -> str:
+    """A class name as matplotlib should show it: `$` starts no formula, `_` hides no legend entry."""
+    return name.replace("$", r"\$").replace("_", " ").strip() or "_"
+
+
 def save_figure(figure: Figure, file: Path) -> None:
     """Save as PNG and print its path."""
-    figure.savefig(file, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script
+        figure.savefig(file, dpi=120)
     print(f"  figure {file}")
 
 
@@ -919,7 +984,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Pa
         axis.grid(alpha=0.3)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[0].legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     save_figure(figure, file)
 
 
@@ -930,7 +995,7 @@ def plot_confusion_matrix(predictions: Tensor, labels: Tensor, classes: Sequence
     many = len(classes) > 20  # then numbers and names would not be legible
     matrix = 100 * confusion_matrix(labels, predictions, labels=range(len(classes)), normalize="true")
     figure, axis = new_figure(7.4, 6.4)
-    display = ConfusionMatrixDisplay(matrix, display_labels=None if many else classes)
+    display = ConfusionMatrixDisplay(matrix, display_labels=None if many else [plain(name) for name in classes])
     display.plot(ax=axis, cmap="Blues", values_format=".0f", include_values=not many, colorbar=False, im_kw={"vmin": 0})
     axis.set(title=f"{title}, % of each class", xlabel="predicted", ylabel="true")
     axis.spines[["top", "right"]].set_visible(True)
@@ -951,7 +1016,7 @@ def plot_tsne(points: np.ndarray, labels: Tensor, classes: Sequence[str], file: 
     for i, name in enumerate(classes):
         color = colors(i if len(classes) <= 10 else i / len(classes))
         chosen = (labels == i).numpy()
-        axis.scatter(*points[chosen].T, s=size, color=color, alpha=0.7, lw=0, label=name)
+        axis.scatter(*points[chosen].T, s=size, color=color, alpha=0.7, lw=0, label=plain(name))
     if len(classes) <= 20:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2.5)
     axis.set(title=title, xticks=[], yticks=[])

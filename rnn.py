@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import functions as fn
@@ -60,7 +60,7 @@ class Config(RunConfig):
     """epochs without a lower validation loss before the learning rate falls to a tenth"""
     validation_fraction: float = 0.1
     """share of each class's training images held out, to choose the epoch and the learning rate's fall"""
-    precision: Literal["auto", "32", "bf16"] = "32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast, which gains nothing for steps as small as these"""
 
     def validate(self) -> None:
@@ -102,6 +102,11 @@ def split(data: ImageDataset, config: Config) -> Splits:
     images, labels, test_images, test_labels = data.labelled()
     held_out = fn.stratified_subset(labels, config.validation_fraction, config.seed)
     kept = fn.complement(held_out, len(labels))
+    lost = [name for i, name in enumerate(data.classes) if not (labels[kept] == i).any()]
+    check(
+        not lost,
+        f"--dataset {data.name}: a class needs two training images or more, one for validation: {', '.join(lost)}",
+    )
     check(
         config.batch_size <= len(kept),
         f"--batch_size {config.batch_size} is above the {len(kept):,} training images: take at most {len(kept)}",
@@ -194,15 +199,7 @@ def train(
         fn.fit(fn.make_trainer(config, config.epochs, callbacks, log=log), module)
         return module, log
     log = EpochLog(folder / "metrics.csv")
-    checkpoint = ModelCheckpoint(
-        folder / "checkpoints",
-        filename="best",
-        monitor="validation_accuracy",
-        mode="max",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    checkpoint = fn.Checkpoints(folder / "checkpoints", log, best="validation_accuracy")
     trainer = fn.make_trainer(config, config.epochs, callbacks, folder=folder, log=log, checkpoint=checkpoint)
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
     best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)

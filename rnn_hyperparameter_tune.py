@@ -50,7 +50,7 @@ class Config(RunConfig):
     """database URL of the study; unless given, SQLite in the run folder"""
     study_name: str = "rnn"
     """name of the study in the database"""
-    precision: Literal["auto", "32", "bf16"] = "32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast, which gains nothing for steps as small as these"""
 
     def validate(self) -> None:
@@ -118,16 +118,16 @@ def open_study(config: Config, folder: Path) -> optuna.Study:
 
     url = config.storage or f"sqlite:///{folder / 'study.db'}"
     try:
-        return optuna.create_study(
-            storage=url,
-            study_name=config.study_name,
-            load_if_exists=True,
-            direction="minimize",
-            sampler=optuna.samplers.TPESampler(seed=config.seed),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        study = optuna.create_study(
+            storage=url, study_name=config.study_name, load_if_exists=True, direction="minimize"
         )
+        drawn = len(study.get_trials(deepcopy=False))
     except Exception as error:  # whatever the database's driver raises
-        raise fn.UserError(f"--storage {url} cannot be opened ({str(error).splitlines()[0]}): check the URL") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise fn.UserError(f"--storage {url} cannot be opened ({reason}): check the URL") from None
+    study.sampler = optuna.samplers.TPESampler(seed=fn.mix_seed(config.seed, drawn) % 2**32)  # no draw is repeated
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    return study
 
 
 def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> None:
@@ -147,7 +147,7 @@ def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
     """Run the trials that are missing from the study, one after the other."""
     from optuna.trial import TrialState
 
-    finished = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    finished = (TrialState.COMPLETE, TrialState.PRUNED)  # a trial that was interrupted is made up for
     missing = config.n_trials - len(study.get_trials(deepcopy=False, states=finished))
     if missing > 0:
         study.optimize(

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import functions as fn
@@ -78,14 +77,14 @@ class Config(RunConfig):
     """tau in NT-Xent"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd with momentum 0.9, or adam (the paper: LARS, which matters for batches above 4096)"""
-    learning_rate: float = 0.06
-    """for a batch of 256; what is used is learning_rate * batch_size / 256, as in the paper"""
+    learning_rate: float | None = None
+    """for a batch of 256, unless given 0.06 for sgd and 0.001 for adam; used is learning_rate * batch_size / 256"""
     weight_decay: float = 5e-4
     """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
     warmup_epochs: int = 10
     """epochs of linear warm-up before the cosine decay, at most a tenth of all epochs"""
     knn_every: int = 1
-    """epochs between k-NN checks on held-out training images"""
+    """epochs between k-NN checks, on training images whose labels pretraining never sees"""
 
     knn_k: int = 200
     """neighbours that vote in k-NN"""
@@ -110,8 +109,8 @@ class Config(RunConfig):
             check(0 <= getattr(self, flag) <= 1, f"--{flag} is a probability, from 0 to 1, got {getattr(self, flag)}")
         for flag in ("crop_scale", "label_fraction"):
             check(0 < getattr(self, flag) <= 1, f"--{flag} must be above 0 and at most 1, got {getattr(self, flag)}")
-        for flag in ("temperature", "knn_temperature", "learning_rate", "probe_learning_rate"):
-            value = getattr(self, flag)
+        for flag in ("temperature", "knn_temperature", "base_learning_rate", "probe_learning_rate"):
+            flag, value = flag.removeprefix("base_"), getattr(self, flag)
             check(0 < value < math.inf, f"--{flag} must be a positive number, got {value}")
         check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check(self.warmup_epochs >= 0, f"--warmup_epochs must be 0 or more, got {self.warmup_epochs}")
@@ -120,11 +119,19 @@ class Config(RunConfig):
         )
         if "pretrain" not in self.stages_list:
             check(self.checkpoint is not None, f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)")
+            check(Path(self.checkpoint or "").is_file(), f"--checkpoint {self.checkpoint}: no such file")
         else:
             check(
                 self.checkpoint is None,
                 "--checkpoint is for stages after pretrain: leave it out, or pretrain out of --stages",
             )
+
+    @property
+    def base_learning_rate(self) -> float:
+        """The learning rate for a batch of 256: what was given, or what suits the optimizer."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.06 if self.optimizer == "sgd" else 0.001
 
     @property
     def stages_list(self) -> list[str]:
@@ -271,6 +278,27 @@ def two_views(images: Tensor, config: Config) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
+class TinyMapConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1 that, on the CPU, turns maps of at most 2x2 pixels into one matrix product.
+
+    The same parameters and, to rounding, the same result: on so few pixels every output pixel sees every input pixel,
+    so the convolution is one dense matrix of its taps. The CPU's convolution is slower on such maps, and its bfloat16
+    gradient for stride 2 on a single pixel is not even finite at times (PyTorch 2.14).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (b, _, height, width), stride = x.shape, self.stride[0]
+        if max(height, width) > 2 or x.device.type != "cpu":
+            return super().forward(x)
+        taps = self.weight.flatten(2).unbind(2)  # nine of (out, in); output pixel (y, x) sees input pixel (i, j)
+        outputs = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
+        inputs = [(i, j) for i in range(height) for j in range(width)]  # through tap (i - y + 1, j - x + 1)
+        dense = [torch.cat([taps[3 * (i - y + 1) + j - x + 1] for i, j in inputs], dim=1) for y, x in outputs]
+        flat = x.permute(0, 2, 3, 1).reshape(b, -1)  # (B, pixels * in)
+        result = nn.functional.linear(flat, torch.cat(dense))  # (B, output pixels * out)
+        return result.view(b, -(-height // stride), -(-width // stride), self.out_channels).permute(0, 3, 1, 2)
+
+
 def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier, images (B, 3, H, W) -> h (B, feature_dim).
 
@@ -289,6 +317,9 @@ def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Modul
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
         encoder.maxpool = nn.Identity()
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.__class__ = TinyMapConv2d  # the same parameters under the same names
     return encoder.to(memory_format=torch.channels_last), feature_dim
 
 
@@ -320,14 +351,14 @@ class SimCLRModel(nn.Module):
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 1/warmup_steps to 1, then cosine decay to 0 at total_steps, no restarts (Section 2.2)."""
+    """Linear warm-up from 1/warmup_steps to 1, then cosine decay to 0 at total_steps, no restarts (Section 2.3)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
 class Pretraining(lightning.LightningModule):
-    """Algorithm 1 on unlabelled images, with a k-NN check on held-out labelled ones (`monitor`) when there are any.
+    """Algorithm 1 on unlabelled images, with a k-NN check on labelled training images (`monitor`) when there are any.
 
     monitor: (bank images, bank labels, query images, query labels, number of classes), all from the training set.
     """
@@ -386,8 +417,8 @@ class Pretraining(lightning.LightningModule):
 
 
 def actual_learning_rate(config: Config) -> float:
-    """The paper's linear scaling rule (Section 2.2): learning_rate * batch_size / 256."""
-    return config.learning_rate * config.batch_size / 256
+    """The paper's linear scaling rule (Section 2.3): learning_rate * batch_size / 256."""
+    return config.base_learning_rate * config.batch_size / 256
 
 
 def warmup_epochs(config: Config) -> float:
@@ -411,7 +442,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     images = data.pretraining_images
     module = Pretraining(model, images, knn_monitor(data, config.seed), config)
     log = fn.EpochLog(folder / "metrics.csv")
-    checkpoint = ModelCheckpoint(folder / "checkpoints", save_top_k=0, save_last=True, save_on_train_epoch_end=True)
+    checkpoint = fn.Checkpoints(folder / "checkpoints", log)
     validation: dict[str, Any] = (
         {"check_val_every_n_epoch": config.knn_every} if module.monitor else {"limit_val_batches": 0}
     )
@@ -420,7 +451,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     print(
         f"pretraining on {len(images):,} images without labels: batch {config.batch_size} "
         f"({2 * (config.batch_size - 1):,} negatives per view), {steps} steps an epoch\n"
-        f"{config.optimizer}, learning rate {config.learning_rate:g} x {config.batch_size}/256 = {rate:g}, "
+        f"{config.optimizer}, learning rate {config.base_learning_rate:g} x {config.batch_size}/256 = {rate:g}, "
         f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine",
         flush=True,
     )
@@ -434,6 +465,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         "seconds": round(seconds, 1),
         "pairs_per_second": round(float(torch.tensor([r["images_per_second"] for r in log.rows]).median()), 1),
         "final_loss": log.rows[-1]["train_loss"],
+        "normalize": {"mean": module.normalize.mean.flatten().tolist(), "std": module.normalize.std.flatten().tolist()},
     }
 
 
@@ -647,7 +679,7 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
     loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if checked:
         axes[1].plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
-        axes[1].set(xlabel="epoch", ylabel="k-NN accuracy", title="Held-out training images, with labels")
+        axes[1].set(xlabel="epoch", ylabel="k-NN accuracy", title="k-NN among training images")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1))
         axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes if checked else [axes]:
@@ -674,6 +706,9 @@ def show_tsne(features: Features, config: Config, folder: Path) -> None:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
+    if len(features.test) < 4:
+        print("no t-SNE: it needs four test images or more")
+        return
     h = nn.functional.normalize(features.test, dim=1).numpy()
     print(f"t-SNE of {len(h):,} test images", flush=True)
     h = PCA(min(50, *h.shape), random_state=config.seed).fit_transform(h)
@@ -707,6 +742,7 @@ def main(config: Config) -> None:
     if stages != ["pretrain"]:
         data.labelled()  # fails now rather than after hours of pretraining
     n = len(data.pretraining_images)
+    check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
     too_many = f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}"
     check(config.batch_size <= n or "pretrain" not in stages, too_many)
 

@@ -13,9 +13,11 @@ import pickle
 import socket
 import struct
 import subprocess
+import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -182,7 +184,7 @@ def test_help_describes_every_field(capsys):
     "values",
     [
         {},
-        {"epochs": 5, "rate": 1e-5, "cell": "lstm", "image_size": 16, "seed": 2**63 - 1, "precision": "32"},
+        {"epochs": 5, "rate": 1e-5, "cell": "lstm", "image_size": 16, "seed": 2**32 - 1, "precision": "fp32"},
         *({"rate": rate} for rate in (1e22, 5e-324, 0.1 + 0.2, 3.0, -1e-7)),
         *(
             {"dataset": name}
@@ -381,13 +383,13 @@ def test_save_torch_is_what_torch_load_reads_as_plain_data():
 
 
 def test_results_json_has_the_common_keys_and_the_outcome():
-    record = fn.start_record(Config("digits", seed=5, accelerator="cpu", precision="32"))
+    record = fn.start_record(Config("digits", seed=5, accelerator="cpu", precision="fp32"))
     fn.save_results(Path(), record, knn={"accuracy": 0.5})
     results = json.loads(Path("results.json").read_text())
     keys = "script dataset seed device precision threads versions git_commit git_dirty seconds knn"
     assert list(results) == keys.split()
     assert (results["script"], results["dataset"], results["seed"]) == ("script.py", "digits", 5)
-    assert (results["device"], results["precision"], results["threads"]) == ("cpu", "32-true", torch.get_num_threads())
+    assert (results["device"], results["precision"], results["threads"]) == ("cpu", "fp32", torch.get_num_threads())
     assert results["versions"]["torch"] == torch.__version__
     assert 0 <= results["seconds"] < 60
     assert results["knn"] == {"accuracy": 0.5}
@@ -745,7 +747,7 @@ def test_another_size_is_decoded_on_its_own():
     assert load(size=8).train_images.shape[-1] == 8
 
 
-@pytest.mark.parametrize("change", ["content", "new file", "removed file", "renamed file"])
+@pytest.mark.parametrize("change", ["content", "length", "new file", "removed file", "renamed file"])
 def test_a_changed_folder_is_decoded_afresh(change):
     save("photos/a.bmp", RED)
     save("photos/b.bmp", BLUE)
@@ -753,14 +755,16 @@ def test_a_changed_folder_is_decoded_afresh(change):
     if change == "content":  # of the same length in bytes
         later = os.stat(save("photos/a.bmp", GREEN)).st_mtime_ns + 10**9
         os.utime("photos/a.bmp", ns=(later, later))
+    elif change == "length":  # within the clock's resolution
+        time = os.stat("photos/a.bmp").st_mtime_ns
+        os.utime(save("photos/a.bmp", Image.new("RGB", (30, 30), GREEN)), ns=(time, time))
     elif change == "new file":
         save("photos/0.bmp", GREEN)
     elif change == "removed file":
         os.remove("photos/a.bmp")
     else:
         os.rename("photos/a.bmp", "photos/c.bmp")
-    first = {"content": GREEN, "new file": GREEN, "removed file": BLUE, "renamed file": BLUE}[change]
-    assert_colour(load().train_images[0].int(), first)
+    assert_colour(load().train_images[0].int(), BLUE if change in ("removed file", "renamed file") else GREEN)
 
 
 def test_two_folders_of_one_name_do_not_share_a_cache():
@@ -860,18 +864,18 @@ def png_of_claimed_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
-def truncated_jpeg() -> bytes:
+def encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(randint(256, 64, 64, 3, dtype=torch.uint8).numpy()).save(buffer, "jpeg")
-    return buffer.getvalue()[:2000]
+    image.save(buffer, kind)
+    return buffer.getvalue()
 
 
 BROKEN = {
     "text.png": b"this is no image\n",
     "empty.png": b"",
-    "truncated.jpg": truncated_jpeg(),
+    "truncated.jpg": encoded(Image.fromarray(randint(256, 64, 64, 3, dtype=torch.uint8).numpy()), "jpeg")[:2000],
     "notes.txt": b"a list of the photos\n",
-    "large.png": png_of_claimed_size(7100, 7100),
+    "large.png": encoded(Image.new("1", (7100, 7100)), "png"),  # intact, a few kilobytes
     "larger.png": png_of_claimed_size(10_000, 10_000),
     "absurd.png": png_of_claimed_size(2**31 - 1, 2**31 - 1),
 }
@@ -1234,7 +1238,7 @@ def test_a_temperature_that_is_not_positive_is_refused(tau):
 # Training with Lightning
 # ------------------------------------------------------------------------------------------------
 
-CPU = Config("digits", accelerator="cpu", precision="32")
+CPU = Config("digits", accelerator="cpu", precision="fp32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
@@ -1253,13 +1257,13 @@ def test_auto_takes_cuda_else_mps_else_the_cpu(cuda, mps, device, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
 def test_a_given_precision_is_taken_everywhere(device):
-    assert fn.resolve_precision("32", device) == "32-true"
-    assert fn.resolve_precision("bf16", device) == "bf16-mixed"
+    assert fn.resolve_precision("fp32", device) == "fp32"
+    assert fn.resolve_precision("bf16", device) == "bf16"
 
 
 def test_auto_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
-    assert fn.resolve_precision("auto", "mps") == "32-true"
-    for fast, precision in ((True, "bf16-mixed"), (False, "32-true")):
+    assert fn.resolve_precision("auto", "mps") == "fp32"
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda fast=fast: (9, 0) if fast else (7, 5))
         assert fn.resolve_precision("auto", "cpu") == precision
@@ -1499,3 +1503,30 @@ def test_scatter_of_points_is_drawn(classes):
     labels = randint(classes, 200)
     fn.plot_tsne(randn(200, 2).numpy(), labels, [f"class {i}" for i in range(classes)], Path("t.png"), "t-SNE")
     assert_figure(Path("t.png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# What strangers found
+# ------------------------------------------------------------------------------------------------
+
+
+def test_class_names_of_any_kind_can_be_drawn(tmp_path):
+    """Neither a formula nor a hidden legend entry, nor a warning about a missing glyph."""
+    names = ["$^$", "_hidden", "猫"]
+    labels = torch.arange(30) % 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fn.plot_confusion_matrix(labels, labels, names, tmp_path / "matrix.png", "t")
+        fn.plot_tsne(np.random.default_rng(0).random((30, 2)), labels, names, tmp_path / "tsne.png", "t")
+
+
+def test_a_dangling_link_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/link.png").symlink_to("nowhere.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/a.png")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as exit_:
+        fn.command_line(lambda _: fn.load_dataset(str(tmp_path / "flat"), tmp_path), fn.RunConfig, None)
+    error = capsys.readouterr().err
+    assert (exit_.value.code, len(error.splitlines())) == (2, 1)
+    assert "link.png" in error

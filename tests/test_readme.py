@@ -42,6 +42,9 @@ def test_command_is_accepted(command, tmp_path, monkeypatch):
         at = flags.index("--resume")
         if at + 1 < len(flags):
             flags[at + 1] = str(tmp_path / "runs/newest")
+    if "--checkpoint" in flags:
+        (tmp_path / "encoder.pt").touch()
+        flags[flags.index("--checkpoint") + 1] = str(tmp_path / "encoder.pt")
     if "--config" in flags:
         at = flags.index("--config") + 1
         if flags[at].startswith("runs/"):

@@ -34,7 +34,7 @@ COMMON = {
     "git_dirty",
     "seconds",
 }
-FAST_SIMCLR = ["--image_size", 8, "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3]
+FAST_SIMCLR = ["--image_size", 8, "--stem", "imagenet", "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3]
 
 
 def is_png(file):
@@ -54,7 +54,8 @@ def test_simclr_leaves_the_documented_run_folder(simclr_run):
     out, _ = simclr_run
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"pretrain", "baselines", "knn", "probe"}
-    assert {"epochs", "steps", "seconds", "pairs_per_second", "final_loss"} == set(results["pretrain"])
+    wanted = {"epochs", "steps", "seconds", "pairs_per_second", "final_loss", "normalize"}
+    assert set(results["pretrain"]) == wanted
     assert (results["pretrain"]["epochs"], results["pretrain"]["steps"]) == (2, 2 * (300 // 32))
     assert set(results["probe"]) == {"train_accuracy", "test_accuracy", "per_class"}
     assert set(results["probe"]["per_class"]) == {"red", "green", "blue"}
@@ -82,10 +83,9 @@ def test_simclr_prints_one_line_per_epoch_and_no_noise(simclr_run):
 def test_encoder_file_loads_into_torchvision(simclr_run):
     out, _ = simclr_run
     encoder = resnet18()
-    encoder.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    encoder.maxpool = encoder.fc = torch.nn.Identity()
+    encoder.fc = torch.nn.Identity()
     encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
-    ours, _ = simCLR.build_encoder("resnet18", "cifar")
+    ours, _ = simCLR.build_encoder("resnet18", "imagenet")
     simCLR.load_encoder(ours, out / "encoder.pt")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
@@ -184,14 +184,53 @@ def test_ctrl_c_says_how_to_resume_and_the_resumed_run_ends_the_same(image_folde
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error.strip() == "rnn.py: interrupted; continue with: python rnn.py --resume parts"
+    done = len(list(csv.DictReader((tmp_path / "parts/metrics.csv").open())))
     resumed = run("rnn.py", "--resume", "parts", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+    assert f"epoch {done + 1:>2}/15" in resumed.stdout
+    assert f"epoch {done - 1:>2}/15" not in resumed.stdout
     metrics = []
     for name in ("whole", "parts"):
         rows = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
         metrics.append([{k: v for k, v in row.items() if "second" not in k} for row in rows])
     assert len(metrics[0]) == 15
     assert metrics[0] == metrics[1]
+
+
+def test_simclr_goes_on_after_its_last_finished_epoch(image_folder, run, tmp_path):
+    flags = ["--dataset", image_folder, "--stages", "pretrain", "--epochs", 4, "--output_dir", "out", *FAST_SIMCLR]
+    command = [sys.executable, fn.__file__.replace("functions.py", "simCLR.py"), *map(str, flags)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/4"):
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run("simCLR.py", "--resume", "out", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 1/4" not in resumed.stdout
+    assert "epoch 4/4" in resumed.stdout
+    rows = list(csv.DictReader((tmp_path / "out/metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(image_folder, run, tmp_path):
+    flags = ["--dataset", image_folder, "--image_size", 8, "--batch_size", 16, "--epochs", 3, "--output_dir", "out"]
+    assert run("rnn.py", *flags, cwd=tmp_path).returncode == 0
+    rows = (tmp_path / "out/metrics.csv").read_text().splitlines()
+    checkpoints = tmp_path / "out/checkpoints"
+    (checkpoints / "last.ckpt").write_bytes((checkpoints / "last.ckpt").read_bytes()[:1000])
+    resumed = run("rnn.py", "--resume", "out", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.splitlines() == ["warning: out/checkpoints/last.ckpt is damaged"]
+    assert "epoch 3/3" in resumed.stdout
+    assert "epoch 2/3" not in resumed.stdout
+    again = (tmp_path / "out/metrics.csv").read_text().splitlines()
+    assert [line.split(",")[:6] for line in again] == [line.split(",")[:6] for line in rows]
+    for file in checkpoints.iterdir():
+        file.write_bytes(b"damaged")
+    resumed = run("rnn.py", "--resume", "out", cwd=tmp_path)
+    assert resumed.returncode == 2
+    assert "every checkpoint in out/checkpoints is damaged" in resumed.stderr.splitlines()[-1]
 
 
 def test_a_run_that_diverges_ends_in_one_line(image_folder, run, tmp_path):

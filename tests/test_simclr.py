@@ -36,7 +36,7 @@ def _seed():
 
 
 def make_config(**values) -> simCLR.Config:
-    return simCLR.Config(**{"dataset": "digits", "accelerator": "cpu", "precision": "32", **values})
+    return simCLR.Config(**{"dataset": "digits", "accelerator": "cpu", "precision": "fp32", **values})
 
 
 def colourful(side: int) -> Tensor:
@@ -883,10 +883,13 @@ def test_a_bad_value_is_refused_with_the_name_of_its_flag(name, value):
 
 
 @pytest.mark.parametrize("stages", ["knn", "probe", "tsne", "knn,probe"])
-def test_stages_without_pretrain_need_a_checkpoint(stages):
+def test_stages_without_pretrain_need_a_checkpoint(stages, tmp_path):
     with pytest.raises(fn.UserError, match="--checkpoint"):
         make_config(stages=stages).validate()
-    make_config(stages=stages, checkpoint="encoder.pt").validate()
+    with pytest.raises(fn.UserError, match=r"nowhere.pt: no such file"):
+        make_config(stages=stages, checkpoint="nowhere.pt").validate()
+    (tmp_path / "encoder.pt").touch()
+    make_config(stages=stages, checkpoint=str(tmp_path / "encoder.pt")).validate()
 
 
 def test_a_checkpoint_and_pretraining_exclude_each_other():
@@ -896,3 +899,43 @@ def test_a_checkpoint_and_pretraining_exclude_each_other():
 
 def test_stages_run_in_their_order_whatever_the_order_given():
     assert make_config(stages="probe, pretrain,knn").stages_list == ["pretrain", "knn", "probe"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Tiny maps
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4)])
+def test_a_tiny_map_is_convolved_as_any_other(height, width, stride):
+    """Value and both gradients are those of torch's convolution, to rounding."""
+    torch.manual_seed(0)
+    ours = simCLR.TinyMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(4, 5, height, width, dtype=torch.float64, requires_grad=True)
+    y, expected = ours(x), torch.nn.functional.conv2d(x, ours.weight, stride=stride, padding=1)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(out, (x, ours.weight), g) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_bfloat16_gradients_of_small_images_are_those_of_float32(stem):
+    """On 8 x 8 images the last maps are single pixels, where the CPU's own bfloat16 convolution may fail."""
+    torch.manual_seed(0)
+    encoder, _ = simCLR.build_encoder("resnet18", stem)
+    x, gradients = torch.randn(32, 3, 8, 8), []
+    for enabled in (False, True):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            encoder(x).float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    assert gradients[1].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+def test_the_learning_rate_suits_the_optimizer_unless_given():
+    rates = [make_config(optimizer=o, batch_size=512) for o in ("sgd", "adam")]
+    assert [simCLR.actual_learning_rate(config) for config in rates] == [0.12, 0.002]
+    assert simCLR.actual_learning_rate(make_config(optimizer="adam", learning_rate=0.5, batch_size=128)) == 0.25

@@ -82,6 +82,20 @@ def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     assert [trial.number for trial in again.trials] == [0, 1, 2]
 
 
+def test_a_resumed_study_does_not_repeat_its_draws(tmp_path):
+    study, _, config = small_study(tmp_path)
+    first = [tune.suggest(trial, config).learning_rate for trial in (study.ask(), study.ask())]
+    again = tune.open_study(config, tmp_path)
+    assert not {tune.suggest(again.ask(), config).learning_rate for _ in range(2)} & set(first)
+
+
+def test_an_interrupted_trial_is_made_up_for(tmp_path):
+    study, splits, config = small_study(tmp_path, epochs=1, n_trials=1)
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    tune.run_study(study, splits, config)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+
+
 def test_a_hopeless_trial_is_pruned(tmp_path):
     """Worse than five earlier trials at every epoch: stopped before its last."""
     study, splits, config = small_study(tmp_path, epochs=4)
