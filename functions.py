@@ -385,7 +385,7 @@ def _load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     """A folder of the user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
     name = str(folder)
     if not (folder / "train").is_dir():
-        files = sorted(path for path in folder.iterdir() if path.is_file() and _is_visible(path.relative_to(folder)))
+        files = sorted(path for path in folder.iterdir() if not path.is_dir() and _is_visible(path.relative_to(folder)))
         check(bool(files), f"--dataset {folder} has neither images in it nor a folder train/<class>/ with images")
         return ImageDataset(name, _decode(folder, files, data_dir, size), None, None, None, ())
     files, labels, classes = _class_files(folder / "train")
@@ -410,15 +410,11 @@ def _is_visible(path: Path) -> bool:
 
 def _class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """The files below split/<class>/, the class of each, int64 (N,), and the names of classes that have any."""
-    from torchvision.datasets import ImageFolder
-
-    check(any(path.is_dir() for path in split.iterdir()), f"--dataset: {split} has no class folders: {split}/<class>/*")
-    visible = lambda path: _is_visible(Path(path).relative_to(split))  # noqa: E731
-    found = ImageFolder(str(split), is_valid_file=visible, allow_empty=True)
-    check(bool(found.samples), f"--dataset: no images in {split}/<class>/")
-    used = sorted(set(found.targets))  # an empty folder is no class
-    labels = torch.tensor([used.index(label) for label in found.targets])
-    return [Path(path) for path, _ in found.samples], labels, tuple(found.classes[label] for label in used)
+    files = sorted(path for path in split.glob("*/**/*") if not path.is_dir() and _is_visible(path.relative_to(split)))
+    check(bool(files), f"--dataset: no images in {split}/<class>/")
+    names = [path.relative_to(split).parts[0] for path in files]
+    classes = sorted(set(names))  # an empty folder is no class
+    return files, torch.tensor([classes.index(name) for name in names]), tuple(classes)
 
 
 def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
@@ -967,10 +963,19 @@ def save_figure(figure: Figure, file: Path) -> None:
     print(f"  figure {file}")
 
 
+def over_epochs(axis: Any, ylabel: str, percent: bool = False) -> None:
+    """Dress an axis of curves over the epochs: whole epochs, a light grid, percent where it shows fractions of 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set(xlabel="epoch", ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if percent:
+        axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:g} %")
+
+
 def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Path, title: str) -> None:
     """Loss and accuracy of the training (dashed) and held-out (solid) images over the epochs; a colour per run."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     figure, axes = new_figure(10, 4, columns=2)
     for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         for i, (name, rows) in enumerate(runs.items()):
@@ -979,10 +984,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Pa
             for split, style in (("train", "--"), (held_out, "-")):
                 values = [row[f"{split}_{quantity}"] for row in rows]
                 axis.plot(epochs, values, style, color=f"C{i}", label=label + split, marker=marker, markersize=4)
-        axis.set(xlabel="epoch", ylabel=quantity)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+        over_epochs(axis, quantity, percent=quantity == "accuracy")
     axes[0].legend(frameon=False)
     figure.suptitle(plain(title))
     save_figure(figure, file)
@@ -1018,7 +1020,9 @@ def plot_tsne(points: np.ndarray, labels: Tensor, classes: Sequence[str], file: 
         chosen = (labels == i).numpy()
         axis.scatter(*points[chosen].T, s=size, color=color, alpha=0.7, lw=0, label=plain(name))
     if len(classes) <= 20:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2.5)
+        legend = axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        for handle in legend.legend_handles:
+            handle.set(sizes=[50], alpha=1)
     axis.set(title=title, xticks=[], yticks=[])
     axis.spines[["left", "bottom"]].set_visible(False)
     save_figure(figure, file)

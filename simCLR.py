@@ -4,7 +4,7 @@ T. Chen, S. Kornblith, M. Norouzi, G. Hinton: A Simple Framework for Contrastive
 Representations, ICML 2020 (arXiv 2002.05709). "The paper" below; sections and equations are its own.
 
     python simCLR.py                                       # CIFAR-10: pretrain, k-NN, linear probe, t-SNE
-    python simCLR.py --dataset digits --config configs/digits.yaml        # three minutes on two CPU cores
+    python simCLR.py --dataset digits --config configs/digits.yaml        # two minutes on two CPU cores
     python simCLR.py --stages knn,probe --checkpoint runs/.../encoder.pt  # measure an encoder again
     python simCLR.py --resume                              # continue the newest run where it was interrupted
 
@@ -96,7 +96,7 @@ class Config(RunConfig):
     """epochs of the linear probe"""
     probe_batch_size: int = 512
     """images per batch of the linear probe"""
-    probe_learning_rate: float = 0.1
+    probe_learning_rate: float = 0.03
     """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
 
     def validate(self) -> None:
@@ -667,23 +667,18 @@ def plot_views(data: ImageDataset, config: Config, file: Path, count: int = 10) 
 
 
 def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
-    """The loss, and the k-NN accuracy on held-out training images, over the epochs of pretraining."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
+    """The loss, and the k-NN accuracy among training images if it was measured, over the epochs of pretraining."""
     checked = [row for row in rows if "knn_accuracy" in row]
     figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
-    loss_axis = axes[0] if checked else axes
+    loss_axis, *knn_axis = axes if checked else [axes]
     marker = "o" if len(rows) <= 10 else ""
     loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
-    loss_axis.set(xlabel="epoch", ylabel="NT-Xent loss", title="Pretraining, without labels")
-    loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if checked:
-        axes[1].plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
-        axes[1].set(xlabel="epoch", ylabel="k-NN accuracy", title="k-NN among training images")
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
-        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes if checked else [axes]:
-        axis.grid(alpha=0.3)
+    loss_axis.set(title="Pretraining, without labels")
+    fn.over_epochs(loss_axis, "NT-Xent loss")
+    for axis in knn_axis:
+        axis.plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
+        axis.set(title="Its k-NN check, on training images")
+        fn.over_epochs(axis, "k-NN accuracy", percent=True)
     fn.save_figure(figure, file)
 
 

@@ -1,5 +1,6 @@
 """Every command that the README and the scripts' own docstrings show is one that the scripts accept."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -77,3 +78,31 @@ def test_every_flag_the_readme_mentions_exists():
     known = {f"--{name}" for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
     mentioned = set(re.findall(r"`(--\w+)", README))
     assert mentioned <= known | {"--config", "--print_config", "--help"}
+
+
+def accuracies(value):
+    """Every accuracy in a results.json, wherever it stands, as the README writes it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key.endswith("accuracy") and isinstance(inner, float):
+                yield f"{100 * inner:.1f} %"
+            yield from accuracies(inner)
+
+
+def test_every_accuracy_in_the_readme_stands_in_the_results():
+    """Each row of the results' tables links to its folder; its percentages are in that folder's results.json."""
+    rows = [line for line in README.splitlines() if "](results/" in line and line.startswith("|")]
+    assert len(rows) >= 3
+    for row in rows:
+        folder = re.search(r"\]\((results/[\w-]+)", row).group(1)
+        measured = set(accuracies(json.loads((ROOT / folder / "results.json").read_text())))
+        quoted = set(re.findall(r"[\d.]+ %", row))
+        assert quoted
+        assert quoted <= measured, f"{quoted - measured} in {row}"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/results.json")), ids=lambda file: file.parent.name)
+def test_results_were_made_by_a_committed_state(file):
+    results = json.loads(file.read_text())
+    assert results["git_commit"]
+    assert results["git_dirty"] is False

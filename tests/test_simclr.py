@@ -830,7 +830,7 @@ def test_the_sgd_probe_records_an_epoch_per_row():
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
 def test_separable_features_measure_as_perfect(probe):
-    config = make_config(stages="knn,probe", checkpoint="encoder.pt", probe=probe, probe_epochs=20, knn_k=5)
+    config = make_config(stages="knn,probe", checkpoint="encoder.pt", probe=probe, knn_k=5)
     outcome = simCLR.measure(blobs(), config)
     assert outcome["knn"] == {"accuracy": 1.0}
     assert outcome["probe"]["train_accuracy"] == outcome["probe"]["test_accuracy"] == 1.0
