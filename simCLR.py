@@ -11,6 +11,8 @@ Representations, ICML 2020 (arXiv 2002.05709). "The paper" below; sections and e
 One step of training, with the paper's letters (Section 2.1, Figure 2):
 
     x  --t ~ T-->  two views  --f(.)-->  representations h  --g(.)-->  embeddings z  -->  NT-Xent loss
+
+Measured (results/digits): with 7 labels per class, k-NN on h reaches 93.9 %, on the untrained encoder's h 80.8 %.
 """
 
 from __future__ import annotations
