@@ -985,7 +985,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Pa
                 values = [row[f"{split}_{quantity}"] for row in rows]
                 axis.plot(epochs, values, style, color=f"C{i}", label=label + split, marker=marker, markersize=4)
         over_epochs(axis, quantity, percent=quantity == "accuracy")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside center right", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(plain(title))
     save_figure(figure, file)
 

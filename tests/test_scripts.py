@@ -91,7 +91,7 @@ def test_encoder_file_loads_into_torchvision(simclr_run):
     torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
 
 
-@pytest.mark.parametrize("file", ["encoder.pt", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize("file", ["encoder.pt", pytest.param("checkpoints/last.ckpt", marks=pytest.mark.slow)])
 def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tmp_path, file):
     """The k-NN accuracy of a saved encoder is the one that its own run reported."""
     out, _ = simclr_run
@@ -103,6 +103,7 @@ def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tm
     assert not {"pretrain", "probe", "baselines"} & set(again)
 
 
+@pytest.mark.slow
 def test_config_of_a_run_repeats_it(simclr_run, run, tmp_path):
     out, _ = simclr_run
     done = run("simCLR.py", "--config", out / "config.yaml", "--output_dir", "again", cwd=tmp_path)
@@ -233,6 +234,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(image_folder, run, tm
     assert "every checkpoint in out/checkpoints is damaged" in resumed.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_in_one_line(image_folder, run, tmp_path):
     flags = ["--image_size", 8, "--batch_size", 16, "--learning_rate", 1e30, "--epochs", 3, "--output_dir", "out"]
     done = run("rnn.py", "--dataset", image_folder, *flags, cwd=tmp_path)
