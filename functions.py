@@ -655,11 +655,11 @@ class Checkpoints(Checkpoint):
         self.folder, self.epoch_log, self.best = folder, log, best
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / "last.ckpt")
         if self.best is not None:
             *earlier, newest = [row[self.best] for row in self.epoch_log.rows]
             if all(newest > value for value in earlier):
                 trainer.save_checkpoint(self.folder / "best.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")  # after it: a run killed in between redoes this epoch
 
 
 class EpochSeed(Callback):

@@ -1,5 +1,7 @@
 """The recurrent classifier: what it reads, what it is made of, and that training keeps its promises."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,19 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path):
     timeless = [[{k: v for k, v in r.items() if "second" not in k} for r in log.rows] for log in (whole_log, parts_log)]
     assert timeless[0] == timeless[1]
     assert len({row["learning_rate"] for row in whole_log.rows}) > 1, "the schedule was not exercised"
+
+
+def test_the_best_epoch_is_kept_before_the_last(tmp_path):
+    """Killed between the two, a run redoes the epoch; the other way round it would believe in a best it never kept."""
+    log, saved = fn.EpochLog(), []
+    log.rows = [{"validation_accuracy": 0.1}, {"validation_accuracy": 0.2}]
+    trainer = SimpleNamespace(save_checkpoint=lambda path: saved.append(path.name))
+    checkpoints = fn.Checkpoints(tmp_path, log, best="validation_accuracy")
+    checkpoints.on_train_epoch_end(trainer, None)
+    assert saved == ["best.ckpt", "last.ckpt"]
+    log.rows.append({"validation_accuracy": 0.2})  # as good is not better
+    checkpoints.on_train_epoch_end(trainer, None)
+    assert saved[2:] == ["last.ckpt"]
 
 
 def test_learning_rate_falls_on_a_plateau():
