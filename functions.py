@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import hashlib
 import io
 import json
@@ -519,8 +520,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.where(std > 1e-6, std, 1.0).float().view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
-        return (images * (scale / self.std)).sub_(self.mean / self.std)
+        white = 255 if images.dtype == torch.uint8 else 1
+        return (images.float() * (1 / (white * self.std))).sub_(self.mean / self.std)
 
 
 class Batches:
@@ -545,8 +546,10 @@ class Batches:
             order = torch.randperm(n, generator=generator).to(self.tensors[0].device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             stop = min(start + self.batch_size, n)
-            index: Any = slice(start, stop) if self.seed is None else order[start:stop]
-            yield tuple(tensor[index] for tensor in self.tensors)
+            if self.seed is None:
+                yield tuple(tensor[start:stop] for tensor in self.tensors)
+            else:
+                yield tuple(tensor.index_select(0, order[start:stop]) for tensor in self.tensors)
 
 
 def mix_seed(*numbers: int) -> int:
@@ -560,7 +563,7 @@ def mix_seed(*numbers: int) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-def nt_xent_loss(embeddings: Tensor, temperature: float = 0.5) -> Tensor:
+def nt_xent_loss(embeddings: Tensor, temperature: float = 0.5, block: int | None = None) -> Tensor:
     """SimCLR's loss, Eq. 1 and Algorithm 1 of Chen et al. 2020 (arXiv 2002.05709), averaged over all 2N anchors.
 
         l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum over k != i of exp(sim(z_i, z_k) / tau) )
@@ -568,18 +571,51 @@ def nt_xent_loss(embeddings: Tensor, temperature: float = 0.5) -> Tensor:
     embeddings: (2N, D), any float type; rows i and i + N are the two views of image i, and need not be normalised.
     temperature: tau > 0. Returns a scalar, computed in float32 (float64 stays float64), also under autocast.
     The positive stands once in the denominator. Raises ValueError for an odd number of rows or a temperature <= 0.
+
+    The (2N, 2N) similarities are never held at once, only `block` rows of them (512 on the CPU, 4,096 on a GPU): memory
+    grows with N, not N^2. The value does not depend on the block but for rounding. The gradient is of first order only.
     """
     if embeddings.ndim != 2 or len(embeddings) % 2 or len(embeddings) == 0:
         raise ValueError(f"embeddings must be (2N, D) with N >= 1, got {tuple(embeddings.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    two_n = len(embeddings)
+    if block is not None and block < 1:
+        raise ValueError(f"block must be at least one row, got {block}")
     with torch.autocast(embeddings.device.type, enabled=False):
         z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=1)  # (2N, D)
-        logits = (z / temperature) @ z.T  # (2N, 2N): sim(z_i, z_k) / tau, cosine similarity
-        logits.fill_diagonal_(-torch.inf)  # k != i
+        return NTXent.apply(z, temperature, block or (512 if z.device.type == "cpu" else 4096))
+
+
+class NTXent(torch.autograd.Function):
+    """Eq. 1 on unit vectors z (2N, D), with its gradient computed on the way, while each block of rows is at hand.
+
+    With p_ik the softmax over k != i of sim(z_i, z_k) / tau, and z_i+ the positive of z_i, the loss is the mean of
+    -log p_ii+, and  d loss / d z_i = (sum over k of (p_ik + p_ki) z_k - 2 z_i+) / (2N tau).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, temperature: float, block: int) -> Tensor:
+        two_n = len(z)
         positive = torch.arange(two_n, device=z.device).roll(two_n // 2)  # i's positive is i + N, and i + N's is i
-        return F.cross_entropy(logits, positive)
+        loss, gradient = z.new_zeros(()), torch.zeros_like(z)
+        for start in range(0, two_n, block):
+            rows = slice(start, start + block)
+            logits = (z[rows] / temperature) @ z.T  # (block, 2N): sim(z_i, z_k) / tau, cosine similarity
+            logits.diagonal(start).fill_(-torch.inf)  # k != i
+            log_p = torch.log_softmax(logits, dim=1)
+            loss -= log_p.gather(1, positive[rows].unsqueeze(1)).sum()
+            if ctx.needs_input_grad[0]:
+                p = log_p.exp_()
+                gradient[rows].addmm_(p, z)
+                gradient.addmm_(p.T, z[rows])
+        ctx.save_for_backward(gradient.sub_(z[positive], alpha=2).div_(two_n * temperature))
+        return loss / two_n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -603,6 +639,17 @@ def resolve_precision(precision: str, device: str) -> Literal["fp32", "bf16"]:
     if device == "cuda":
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
     return "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def prepare_device(device: str) -> None:
+    """Settings of the whole process that make `device` fast: called before anything is computed on it."""
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if device == "cpu":  # glibc hands large blocks back to the system, and fetches them again page by page: keep them
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def describe_machine(config: RunConfig) -> str:
@@ -692,23 +739,29 @@ class EpochLog(Callback):
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = self.training_end = time.perf_counter()
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        n = len(batch[0])
+        for name, value in outputs.items():  # what training_step returned; `self.log` there costs a tenth of a step
+            self.sums[name] = self.sums.get(name, 0) + n * value.detach()
+        self.images += n
         self.training_end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):  # no validation in this epoch
-            metrics = {name: value for name, value in metrics.items() if name.startswith("train")}
-        batches = trainer.train_dataloader
-        assert isinstance(batches, Batches)
-        n = min(len(batches.tensors[0]), len(batches) * batches.batch_size)
+        training = {f"train_{name}": float(total) / self.images for name, total in self.sums.items()}
+        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        held_out = {name: float(value) for name, value in trainer.callback_metrics.items()} if validated else {}
         row = {
             "epoch": trainer.current_epoch + 1,
-            **dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("train"))),
+            **training,
+            **held_out,
             "learning_rate": self.learning_rate,
-            "images_per_second": round(n / (self.training_end - self.start), 1),
+            "images_per_second": round(self.images / (self.training_end - self.start), 1),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
         if not all(np.isfinite(value) for value in row.values()):
@@ -783,6 +836,7 @@ def make_trainer(
 
     quiet_libraries()
     device = resolve_device(config.accelerator)
+    prepare_device(device)
     on_terminal = sys.stdout.isatty() and not (log and log.quiet)
     extra = [log, checkpoint, ProgressBar(leave=False) if on_terminal else None]
     return lightning.Trainer(
@@ -839,20 +893,18 @@ class Classification(lightning.LightningModule):
     def val_dataloader(self) -> Batches:
         return on_device(self.evaluate_batches, self.device)
 
-    def _step(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
+    def _step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs, labels = batch
         logits = self(inputs)
-        loss = F.cross_entropy(logits.float(), labels)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        values = {f"{split}_loss": loss.detach(), f"{split}_accuracy": accuracy}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(labels), logger=False)
-        return loss
+        return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch)  # averaged over the epoch by EpochLog
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step(batch, self.held_out)
+        values = {f"{self.held_out}_{name}": value for name, value in self._step(batch).items()}
+        self.log_dict(values, batch_size=len(batch[1]), logger=False)
 
 
 def on_device(batches: Batches, device: torch.device) -> Batches:
@@ -874,6 +926,7 @@ def extract_features(model: nn.Module, images: Tensor, config: RunConfig, batch_
     The model's mode and device are put back afterwards.
     """
     device, was_training = resolve_device(config.accelerator), model.training
+    prepare_device(device)
     reduced = resolve_precision(config.precision, device) == "bf16"
     model.eval().to(device)
     with torch.autocast(device, torch.bfloat16, enabled=reduced):

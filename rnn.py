@@ -175,7 +175,9 @@ class RowClassification(fn.Classification):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.patience)
         # Lightning would step it after the epoch's checkpoint is written, and a resumed run would miss that step:
         # Lightning's turn never comes, on_validation_epoch_end takes it.

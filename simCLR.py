@@ -17,6 +17,7 @@ Measured (results/digits): with 7 labels per class, k-NN on h reaches 93.9 %, on
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ class Config(RunConfig):
     embedding_dim: int = 128
     """length of the embedding z"""
 
+    crop_size: int | str | None = None
+    """side of the random crops in pixels (the images' own unless given), or a schedule over the share of training:
+    16:0.7,24:0.9,32:1 crops to 16 pixels until 70 % of the steps, to 24 until 90 %, then to 32"""
     crop_scale: float = 0.08
     """smallest share of the image's area that a random crop keeps"""
     flip: float = 0.5
@@ -87,6 +91,8 @@ class Config(RunConfig):
     """epochs of linear warm-up before the cosine decay, at most a tenth of all epochs"""
     knn_every: int = 1
     """epochs between k-NN checks, on training images whose labels pretraining never sees"""
+    compile: bool = False
+    """compile the model with torch.compile (for GPUs: on a CPU it takes minutes, and is slower afterwards)"""
 
     knn_k: int = 200
     """neighbours that vote in k-NN"""
@@ -119,6 +125,7 @@ class Config(RunConfig):
         check(
             0 <= self.jitter_strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {self.jitter_strength}"
         )
+        crop_schedule(self.crop_size)
         if "pretrain" not in self.stages_list:
             check(self.checkpoint is not None, f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)")
             check(Path(self.checkpoint or "").is_file(), f"--checkpoint {self.checkpoint}: no such file")
@@ -202,19 +209,25 @@ def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: f
 
 def luminance(x: Tensor) -> Tensor:
     """Grey level of RGB, ITU-R 601: (B, 3, H, W) -> (B, 1, H, W)."""
-    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]).unsqueeze(1)
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn every colour around the HSV colour wheel by `shift` (B,) turns, keeping value and chroma. (B, 3, H, W)."""
-    r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    c = chroma.clamp_min(1e-12)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4))
-    hue = hue + 6 * shift.view(-1, 1, 1)  # in sixths of a turn
-    k = torch.stack([hue + 5, hue + 3, hue + 1], dim=1).remainder_(6)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    """Turn every colour around the HSV colour wheel by `shift` (B,) turns, keeping value and chroma. (B, 3, H, W).
+
+    shift must be within -1/3 and 1/3. On the wheel red stands at 0, green at 2, blue at 4 and red again at 6: a
+    channel is at its highest within 1 of its place and at its lowest from 2 on, and falls linearly in between.
+    """
+    red, green, blue = x.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    between = torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    hue = torch.where(value == red, green - blue, between).div_(chroma.clamp_min(1e-12))
+    hue.add_(6 * shift.view(-1, 1, 1))  # now in [-3, 7]
+    # Around the wheel, a hue t away from a channel's place has the distance 3 - | |t| - 3 |.
+    height = torch.stack([hue, hue - 2, hue - 4], dim=1).abs_().sub_(3).abs_().clamp_(1, 2)  # 1 lowest, 2 highest
+    return torch.addcmul((value - 2 * chroma).unsqueeze(1), chroma.unsqueeze(1), height)
 
 
 def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
@@ -223,25 +236,26 @@ def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
     Brightness, contrast and saturation blend an image with black, its mean grey, and its own grey version. Hue turns
     before the 1st, 2nd or 3rd blend of an image, or after the last: a random quarter of the batch each.
     """
-    n, device = 4 * math.ceil(len(x) / 4), x.device
-    count, x = len(x), x[torch.arange(n, device=device) % len(x)]  # filled up to four equal quarters
+    n, count, device = 4 * math.ceil(len(x) / 4), len(x), x.device  # filled up to four equal quarters
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     jittered = uniform(n, 0, 1, device) < p
     factors = torch.where(jittered.view(-1, 1), uniform(3 * n, low, high, device).view(n, 3), 1.0)
-    shift = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
-    order = torch.rand(n, 3, device=device).argsort(1)  # which blend comes 1st, 2nd, 3rd
-    quarters = torch.randperm(n, device=device).view(4, -1)
+    shifts = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
+    kinds = torch.rand(n, 3, device=device).argsort(1)  # of the 1st, 2nd, 3rd blend: 0 bright, 1 contrast, 2 saturation
+    factors = factors.gather(1, kinds)  # in each image's own order
+    shuffled = torch.randperm(n, device=device)
 
-    for turn, quarter in enumerate(quarters):
-        x[quarter] = shift_hue(x[quarter], shift[quarter])
+    x = x[shuffled % count]
+    for turn, shift in enumerate(shifts.chunk(4)):
+        quarter = x.chunk(4)[turn]
+        quarter.copy_(shift_hue(quarter, shift))
         if turn == 3:
             break
-        kind = order[:, turn].view(-1, 1, 1, 1)  # 0 brightness, 1 contrast, 2 saturation
-        factor = factors.gather(1, order[:, turn : turn + 1]).view(-1, 1, 1, 1)
+        kind, factor = kinds[:, turn].view(-1, 1, 1, 1), factors[:, turn].view(-1, 1, 1, 1)
         grey = luminance(x)
         other = grey.mean((2, 3), keepdim=True) * (kind == 1) + grey * (kind == 2)
-        x = (x * factor).add_((1 - factor) * other).clamp_(0, 1)
-    return x[:count]
+        x = torch.lerp(other, x, factor).clamp_(0, 1)
+    return x[shuffled.argsort()[:count]]
 
 
 def random_grayscale(x: Tensor, p: float) -> Tensor:
@@ -265,14 +279,37 @@ def gaussian_blur(x: Tensor, p: float) -> Tensor:
     return padded
 
 
-def two_views(images: Tensor, config: Config) -> Tensor:
-    """Two random views of each image: uint8 (N, 3, H, W) -> float32 (2N, 3, H, W) in [0, 1]; i and i + N are a pair."""
+def two_views(images: Tensor, config: Config, size: int | None = None) -> Tensor:
+    """Two random views of each image: uint8 (N, 3, H, W) -> float32 (2N, 3, size, size) in [0, 1]; i, i + N are a pair.
+
+    size: the views' side in pixels, the images' own unless given.
+    """
     with torch.autocast(images.device.type, enabled=False):  # colours keep their float32
         x = images.float().div_(255).repeat(2, 1, 1, 1)
-        x = random_resized_crop_and_flip(x, x.shape[2], config.crop_scale, config.flip)
+        x = random_resized_crop_and_flip(x, size or x.shape[2], config.crop_scale, config.flip)
         x = color_jitter(x, config.jitter_strength, config.jitter) if config.jitter and config.jitter_strength else x
         x = random_grayscale(x, config.grayscale) if config.grayscale else x
         return gaussian_blur(x, config.blur) if config.blur else x
+
+
+def crop_schedule(crop_size: int | str | None) -> list[tuple[int | None, float]]:
+    """--crop_size as [(side in pixels, share of training until which it holds)]; None: the images' own side.
+
+    An encoder that ends in a mean over the map takes images of any size, and smaller crops cost less. Raises UserError.
+    """
+    if crop_size is None:
+        return [(None, 1.0)]
+    text = str(crop_size)
+    hint = f"--crop_size {text}: give a side from 4 to 1024, or sides and shares that grow to 1, as 16:0.7,32:1"
+    try:
+        pairs = [part.split(":") for part in (text if ":" in text else f"{text}:1").split(",")]
+        schedule = [(int(side), float(share)) for side, share in pairs]
+    except ValueError:
+        raise UserError(hint) from None
+    shares = [0.0, *(share for _, share in schedule)]
+    growing = all(a < b for a, b in itertools.pairwise(shares)) and shares[-1] == 1
+    check(growing and all(4 <= side <= 1024 for side, _ in schedule), hint)
+    return list(schedule)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,25 +317,62 @@ def two_views(images: Tensor, config: Config) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-class TinyMapConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that, on the CPU, turns maps of at most 2x2 pixels into one matrix product.
+class SmallMapConv2d(nn.Conv2d):
+    """A 3x3 convolution with padding 1 that computes small maps as matrix products on the CPU.
 
-    The same parameters and, to rounding, the same result: on so few pixels every output pixel sees every input pixel,
-    so the convolution is one dense matrix of its taps. The CPU's convolution is slower on such maps, and its bfloat16
-    gradient for stride 2 on a single pixel is not even finite at times (PyTorch 2.14).
+    The same parameters and, to rounding, the same result, at up to several times the speed (benchmarks/convolution.py).
+    It also avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, not even finite at times (2.14).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        (b, _, height, width), stride = x.shape, self.stride[0]
-        if max(height, width) > 2 or x.device.type != "cpu":
+        (height, width), stride = x.shape[2:], self.stride[0]
+        if x.device.type != "cpu" or max(height, width) > 4 * stride:
             return super().forward(x)
+        if max(height, width) <= 2:
+            return self.dense(x)
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
+        return PatchConvolution.apply(x, weight, stride)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """On 2x2 pixels every output pixel sees every input pixel: the convolution is one matrix of its taps."""
+        (b, _, height, width), stride = x.shape, self.stride[0]
         taps = self.weight.flatten(2).unbind(2)  # nine of (out, in); output pixel (y, x) sees input pixel (i, j)
         outputs = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
         inputs = [(i, j) for i in range(height) for j in range(width)]  # through tap (i - y + 1, j - x + 1)
-        dense = [torch.cat([taps[3 * (i - y + 1) + j - x + 1] for i, j in inputs], dim=1) for y, x in outputs]
-        flat = x.permute(0, 2, 3, 1).reshape(b, -1)  # (B, pixels * in)
-        result = nn.functional.linear(flat, torch.cat(dense))  # (B, output pixels * out)
+        matrix = torch.cat([torch.cat([taps[3 * (i - y + 1) + j - x + 1] for i, j in inputs], 1) for y, x in outputs])
+        result = nn.functional.linear(x.permute(0, 2, 3, 1).reshape(b, -1), matrix)  # (B, output pixels * out)
         return result.view(b, -(-height // stride), -(-width // stride), self.out_channels).permute(0, 3, 1, 2)
+
+
+class PatchConvolution(torch.autograd.Function):
+    """3x3 convolution, padding 1, by gathering every 3x3 patch: x (B, C, H, W), weight (O, C, 3, 3), stride."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        b, c, height, width = x.shape
+        ctx.stride, ctx.input_shape = stride, (b, height, width, c)
+        padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        taps = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+        patches = torch.cat(taps, dim=3)  # (B, H / stride, W / stride, 9 C)
+        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, 9 C)
+        ctx.save_for_backward(patches, matrix)
+        return (patches @ matrix.T).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        patches, matrix = ctx.saved_tensors
+        (b, height, width, c), stride = ctx.input_shape, ctx.stride
+        grad = grad_output.permute(0, 2, 3, 1)  # (B, H / stride, W / stride, O)
+        grad_matrix = grad.flatten(0, 2).T @ patches.flatten(0, 2)  # (O, 9 C)
+        padded = grad.new_zeros(b, height + 2, width + 2, c)
+        for tap, grad_tap in enumerate((grad @ matrix).split(c, dim=3)):  # each patch gives to the pixels it came from
+            i, j = divmod(tap, 3)
+            padded[:, i : i + height : stride, j : j + width : stride] += grad_tap
+        grad_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        return grad_x, grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2), None
 
 
 def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Module, int]:
@@ -321,7 +395,7 @@ def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Modul
         encoder.maxpool = nn.Identity()
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.__class__ = TinyMapConv2d  # the same parameters under the same names
+            module.__class__ = SmallMapConv2d  # the same parameters under the same names
     return encoder.to(memory_format=torch.channels_last), feature_dim
 
 
@@ -370,18 +444,19 @@ class Pretraining(lightning.LightningModule):
         self.model, self.config, self.monitor = model, config, monitor
         self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True)
         self.normalize = fn.Normalize(images)
+        self.crop_sizes = crop_schedule(config.crop_size)
         self.features: list[Tensor] = []
 
     def train_dataloader(self) -> Batches:
         return fn.on_device(self.batches, self.device)
 
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> dict[str, Tensor]:
         (images,) = batch  # uint8 (N, 3, H, W)
-        views = self.normalize(two_views(images, self.config))  # (2N, 3, H, W)
+        done = self.global_step / (self.config.epochs * len(self.batches))
+        size = next(side for side, share in self.crop_sizes if done < share)
+        views = self.normalize(two_views(images, self.config, size))  # (2N, 3, size, size)
         z = self.model(views.contiguous(memory_format=torch.channels_last))  # (2N, embedding_dim)
-        loss = nt_xent_loss(z, self.config.temperature)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), logger=False)
-        return loss
+        return {"loss": nt_xent_loss(z, self.config.temperature)}
 
     def val_dataloader(self) -> Batches:
         assert self.monitor is not None
@@ -408,9 +483,9 @@ class Pretraining(lightning.LightningModule):
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=True)
         else:
-            optimizer = torch.optim.Adam(groups, lr=rate)
+            optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
         warmup, total = warmup_epochs(config) * len(self.batches), config.epochs * len(self.batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, round(warmup), total)
@@ -443,6 +518,8 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     """Train `model` in place on the set's images without labels; returns the `pretrain` part of results."""
     images = data.pretraining_images
     module = Pretraining(model, images, knn_monitor(data, config.seed), config)
+    if config.compile:
+        model.compile()
     log = fn.EpochLog(folder / "metrics.csv")
     checkpoint = fn.Checkpoints(folder / "checkpoints", log)
     validation: dict[str, Any] = (
@@ -450,6 +527,8 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     )
     trainer = fn.make_trainer(config, config.epochs, folder=folder, log=log, checkpoint=checkpoint, **validation)
     steps, rate = len(module.batches), actual_learning_rate(config)
+    if config.crop_size is not None:
+        print("crops of " + ", ".join(f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes))
     print(
         f"pretraining on {len(images):,} images without labels: batch {config.batch_size} "
         f"({2 * (config.batch_size - 1):,} negatives per view), {steps} steps an epoch\n"

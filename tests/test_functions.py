@@ -29,6 +29,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import functions as fn
 from functions import UserError
@@ -1176,6 +1177,67 @@ def gradient_of(z: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
     z = z.detach().clone().requires_grad_()
     fn.nt_xent_loss(z, tau).backward()
     return z.grad
+
+
+def whole_matrix_loss(z: torch.Tensor, tau: float) -> torch.Tensor:
+    """Eq. 1 with the (2N, 2N) matrix in memory and torch's own derivative."""
+    z = torch.nn.functional.normalize(z, dim=1)
+    logits = (z @ z.T / tau).fill_diagonal_(-torch.inf)
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 12, 13, 23, 24, 25, None])
+@pytest.mark.parametrize("tau", [0.02, 0.5, 10.0])
+def test_blocks_change_neither_loss_nor_gradient(block, tau):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        a, b = randn(24, 6, dtype=dtype).requires_grad_(), randn(24, 6, dtype=dtype).requires_grad_()
+        loss, expected = fn.nt_xent_loss(a, tau, block), whole_matrix_loss(b, tau)
+        torch.testing.assert_close(loss, expected, atol=tolerance, rtol=tolerance)
+        (3 * loss).backward()
+        (3 * expected).backward()
+        torch.testing.assert_close(a.grad, b.grad, atol=tolerance / tau, rtol=tolerance)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5])
+def test_gradient_of_blocks_is_the_derivative(block):
+    assert torch.autograd.gradcheck(lambda z: fn.nt_xent_loss(z, 0.3, block), randn(10, 3).requires_grad_())
+
+
+def test_a_large_batch_in_float32_is_rounded_no_worse_than_the_whole_matrix():
+    z = randn(3000, 32)
+    exact, ours, theirs = (
+        z.to(dtype, copy=True).requires_grad_() for dtype in (torch.float64, torch.float32, torch.float32)
+    )
+    losses = whole_matrix_loss(exact, 0.1), fn.nt_xent_loss(ours, 0.1), whole_matrix_loss(theirs, 0.1)
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    error, usual = ((x.grad - exact.grad).norm() / exact.grad.norm() for x in (ours, theirs))
+    assert error < max(1e-6, 2 * usual)
+
+
+@pytest.mark.parametrize("two_n", [64, 256])
+def test_no_tensor_is_larger_than_a_block_of_rows(two_n):
+    class Largest(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    with Largest() as largest:
+        fn.nt_xent_loss(randn(two_n, 4).requires_grad_(), 0.5, block=8).backward()
+    assert largest.numel == 8 * two_n
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_block_without_rows_is_refused(block):
+    with pytest.raises(ValueError, match="block"):
+        fn.nt_xent_loss(torch.ones(4, 2), 0.5, block)
 
 
 def test_gradient_is_orthogonal_to_each_embedding():

@@ -185,7 +185,7 @@ def test_luminance_is_torchvisions():
     torch.testing.assert_close(simCLR.luminance(x), tv.rgb_to_grayscale(x), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("shift", [-0.5, -0.2, -0.013, 0.0, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("shift", [-1 / 3, -0.2, -0.013, 0.0, 0.1, 0.2, 1 / 3])
 def test_shift_hue_is_torchvisions_adjust_hue(shift):
     """For any colour: also for black, white, greys, the pure colours, and those with two equal channels."""
     corners = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))  # 27 colours
@@ -195,7 +195,7 @@ def test_shift_hue_is_torchvisions_adjust_hue(shift):
 
 
 def test_shift_hue_turns_each_image_by_its_own_shift():
-    x, shift = torch.rand(20, 3, 5, 5), torch.rand(20) - 0.5
+    x, shift = torch.rand(20, 3, 5, 5), (torch.rand(20) - 0.5) * 2 / 3
     theirs = torch.stack([tv.adjust_hue(image, s) for image, s in zip(x, shift.tolist(), strict=True)])
     torch.testing.assert_close(simCLR.shift_hue(x, shift), theirs, atol=1e-5, rtol=0)
 
@@ -213,13 +213,15 @@ def in_all_orders(image: Tensor, parameters: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_jitter_is_torchvisions_four_adjustments_in_some_order(monkeypatch, strength):
-    draws, uniform = [], simCLR.uniform
+    draws, uniform, places = [], simCLR.uniform, torch.randperm(40)
     monkeypatch.setattr(simCLR, "uniform", lambda *args: draws.append(uniform(*args)) or draws[-1])
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: places)  # image places[j] gets the j-th draws
     x = torch.rand(40, 3, 6, 6)
     y = simCLR.color_jitter(x.clone(), strength, p=1.0)
     _, factors, shifts = draws  # the coin, three factors an image, one turn of hue
-    for i, (image, result) in enumerate(zip(x, y, strict=True)):
-        parameters = [*factors.view(-1, 3)[i].tolist(), shifts[i].item()]
+    for j, i in enumerate(places.tolist()):
+        image, result = x[i], y[i]
+        parameters = [*factors.view(-1, 3)[j].tolist(), shifts[j].item()]
         assert is_near(in_all_orders(image, parameters), result, 2e-5).any(), f"image {i}: {parameters}"
 
 
@@ -902,22 +904,131 @@ def test_stages_run_in_their_order_whatever_the_order_given():
 
 
 # ------------------------------------------------------------------------------------------------
-# Tiny maps
+# Crop size
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("crop_size", "schedule"),
+    [
+        (None, [(None, 1.0)]),
+        (16, [(16, 1.0)]),
+        ("16", [(16, 1.0)]),
+        ("16:0.7,24:0.9,32:1.0", [(16, 0.7), (24, 0.9), (32, 1.0)]),
+        ("32:0.5, 16:1", [(32, 0.5), (16, 1.0)]),
+    ],
+)
+def test_a_crop_size_is_a_side_or_a_schedule_over_the_share_of_training(crop_size, schedule):
+    assert simCLR.crop_schedule(crop_size) == schedule
+
+
+@pytest.mark.parametrize(
+    "crop_size",
+    [
+        "",
+        *[
+            "0",
+            "x",
+            "3",
+            "1025",
+            "-16",
+            "16.5",
+            "16,32",
+            "16:0.5",
+            "16:2",
+            "16:0.5:1",
+            "16:0,32:1",
+            "16:nan,32:1",
+            "16:0.9,24:0.7,32:1",
+            "16:0.5,,32:1",
+        ],
+    ],
+)
+def test_a_bad_crop_size_is_refused_with_the_name_of_its_flag(crop_size):
+    with pytest.raises(fn.UserError, match="--crop_size"):
+        make_config(crop_size=crop_size).validate()
+
+
+def test_views_have_the_crop_size():
+    views = simCLR.two_views(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), make_config(), size=20)
+    assert views.shape == (6, 3, 20, 20)
+
+
+def test_pretraining_crops_by_its_schedule():
+    """10 steps: 5 with crops of 4 pixels, 3 with 6, 2 with 8; the k-NN check sees whole images of 8."""
+    seen = []
+
+    class Sides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((self.training, x.shape[-1]))
+            return x.mean((2, 3)) * self.weight
+
+    data = fn.load_dataset("digits")
+    config = make_config(epochs=2, batch_size=20, crop_size="4:0.5,6:0.8,8:1", jitter=0.0, grayscale=0.0)
+    trainer = fn.make_trainer(config, config.epochs, log=fn.EpochLog(quiet=True))
+    model = simCLR.SimCLRModel(Sides(), 3, 4, 4)
+    fn.fit(trainer, simCLR.Pretraining(model, data.train_images[:100], simCLR.knn_monitor(data, seed=0), config))
+    assert [side for training, side in seen if training] == [4] * 5 + [6] * 3 + [8] * 2
+    assert {side for training, side in seen if not training} == {8}
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_compile_sees_the_whole_model_as_one_graph(stem):
+    """fullgraph: nothing in it sends torch.compile back to Python. The parameters keep their names."""
+    model = simCLR.SimCLRModel(*simCLR.build_encoder("resnet18", stem), 16, 8).eval()
+    names, x = set(model.state_dict()), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    model.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(x), expected)
+    assert set(model.state_dict()) == names
+
+
+# ------------------------------------------------------------------------------------------------
+# Small maps
+# ------------------------------------------------------------------------------------------------
+
+SMALL_MAPS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (5, 5), (7, 6), (8, 8), (9, 9)]
+
+
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4)])
-def test_a_tiny_map_is_convolved_as_any_other(height, width, stride):
-    """Value and both gradients are those of torch's convolution, to rounding."""
+@pytest.mark.parametrize(("height", "width"), SMALL_MAPS)
+def test_a_small_map_is_convolved_as_any_other(height, width, stride):
+    """Value and both gradients are those of torch's convolution, to rounding; also for another memory format."""
     torch.manual_seed(0)
-    ours = simCLR.TinyMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
+    ours = simCLR.SmallMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
     x = torch.randn(4, 5, height, width, dtype=torch.float64, requires_grad=True)
-    y, expected = ours(x), torch.nn.functional.conv2d(x, ours.weight, stride=stride, padding=1)
-    torch.testing.assert_close(y, expected)
-    g = torch.randn_like(y)
-    for a, b in zip(*(torch.autograd.grad(out, (x, ours.weight), g) for out in (y, expected)), strict=True):
-        torch.testing.assert_close(a, b)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = ours(x.contiguous(memory_format=memory_format))
+        expected = torch.nn.functional.conv2d(x, ours.weight, stride=stride, padding=1)
+        torch.testing.assert_close(y, expected)
+        g = torch.randn_like(y)
+        for a, b in zip(*(torch.autograd.grad(out, (x, ours.weight), g) for out in (y, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_small_maps_follow_autocast(size):
+    torch.manual_seed(0)
+    ours = simCLR.SmallMapConv2d(16, 8, 3, stride=2 if size == 8 else 1, padding=1, bias=False)
+    x = torch.randn(4, 16, size, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert ours.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), ours(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("size", "stride", "ours"), [(4, 1, True), (8, 2, True), (5, 1, False), (9, 2, False)])
+def test_maps_of_up_to_four_pixels_out_are_gathered_and_larger_ones_left_to_torch(monkeypatch, size, stride, ours):
+    calls, gather = [], simCLR.PatchConvolution.apply
+    monkeypatch.setattr(simCLR.PatchConvolution, "apply", lambda *args: calls.append(1) or gather(*args))
+    simCLR.SmallMapConv2d(2, 2, 3, stride, padding=1, bias=False)(torch.zeros(1, 2, size, size))
+    assert bool(calls) == ours
 
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
