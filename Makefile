@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check benchmarks clean
 
 demo: .venv/ready  ## the whole of SimCLR on 1,797 handwritten digits, about two minutes on two CPU cores
 	$(BIN)/python simCLR.py --config configs/digits.yaml
@@ -18,6 +18,9 @@ check: .venv/ready-for-tests  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+benchmarks: .venv/ready-for-benchmarks  ## side by side with alternatives; an hour, on a machine that does nothing else
+	for name in augmentation loss convolution step recurrent startup growth; do $(BIN)/python -m benchmarks.$$name; done
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
 
@@ -31,4 +34,8 @@ clean:
 
 .venv/ready-for-tests: .venv/ready tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+.venv/ready-for-benchmarks: .venv/ready benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -777,18 +778,23 @@ def show_probe(outcome: dict[str, Any], features: Features, config: Config, fold
     )
 
 
-def show_tsne(features: Features, config: Config, folder: Path) -> None:
-    """t-SNE of the test images' h (van der Maaten & Hinton 2008), after PCA to 50 dimensions."""
+def tsne_points(h: Tensor, seed: int) -> np.ndarray:
+    """t-SNE (van der Maaten & Hinton 2008) of unit vectors, after PCA to 50 dimensions: (N, D), N >= 4 -> (N, 2)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
+    points = nn.functional.normalize(h, dim=1).numpy()
+    points = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
+    return TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=seed, n_jobs=-1).fit_transform(points)
+
+
+def show_tsne(features: Features, config: Config, folder: Path) -> None:
+    """Draw the t-SNE of the test images' h."""
     if len(features.test) < 4:
         print("no t-SNE: it needs four test images or more")
         return
-    h = nn.functional.normalize(features.test, dim=1).numpy()
-    print(f"t-SNE of {len(h):,} test images", flush=True)
-    h = PCA(min(50, *h.shape), random_state=config.seed).fit_transform(h)
-    points = TSNE(perplexity=min(30, (len(h) - 1) / 3), random_state=config.seed, n_jobs=-1).fit_transform(h)
+    print(f"t-SNE of {len(features.test):,} test images", flush=True)
+    points = tsne_points(features.test, config.seed)
     fn.plot_tsne(
         points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations"
     )

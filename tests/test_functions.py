@@ -1297,6 +1297,28 @@ def test_a_temperature_that_is_not_positive_is_refused(tau):
 
 
 # ------------------------------------------------------------------------------------------------
+# Memory that is kept
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="counts page faults, where the system tells them")
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_prepared_process_does_not_fetch_the_same_memory_again(prepared):
+    """100 times 16 MiB are 400,000 pages; a process that keeps its memory fetches them once."""
+    program = f"""
+import resource, torch, functions as fn
+if {prepared}: fn.prepare_device("cpu")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3): [torch.ones(2**22), torch.ones(2**22)]
+before = faults()
+for _ in range(50): [torch.ones(2**22), torch.ones(2**22)]
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == prepared
+
+
+# ------------------------------------------------------------------------------------------------
 # Training with Lightning
 # ------------------------------------------------------------------------------------------------
 

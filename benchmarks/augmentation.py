@@ -1,0 +1,104 @@
+"""Two random views of 32 x 32 images: SimCLR's augmentation without blur, as for CIFAR, in milliseconds a view.
+
+python -m benchmarks.augmentation
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import v2
+
+import functions as fn
+import simCLR
+from benchmarks import common, usual
+
+BATCH = 512  # images; twice as many views
+IMAGES = torch.from_numpy(usual.random_images(BATCH)).permute(0, 3, 1, 2).contiguous()
+
+
+def ours() -> float:
+    fn.prepare_device("cpu")
+    config = simCLR.Config()
+    return 1000 * common.seconds(lambda: simCLR.two_views(IMAGES, config), warm_up=10) / (2 * BATCH)
+
+
+def kornia_batched() -> float:
+    import kornia.augmentation as K
+
+    augment = nn.Sequential(
+        K.RandomResizedCrop((32, 32), scale=(0.08, 1.0)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2),
+    )
+    call = lambda: augment(IMAGES.float().div_(255).repeat(2, 1, 1, 1))  # noqa: E731
+    return 1000 * common.seconds(call, warm_up=10) / (2 * BATCH)
+
+
+def kornia_with_our_memory_setting() -> float:
+    fn.prepare_device("cpu")
+    return kornia_batched()
+
+
+def in_a_loader(transform: Any) -> float:
+    """Milliseconds a view in the steady state of a DataLoader with two workers."""
+    batches = iter(usual.loader(usual.random_images(5120), 64, transform))
+    next(batches)  # the workers have started
+    start = time.perf_counter()
+    views = sum(len(first) + len(second) for first, second in batches)
+    return 1000 * (time.perf_counter() - start) / views
+
+
+def torchvision_v1() -> float:
+    return in_a_loader(usual.augmentation())
+
+
+def torchvision_v2() -> float:
+    steps = [
+        v2.ToImage(),
+        v2.RandomResizedCrop(32, scale=(0.08, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.ToDtype(torch.float32, scale=True),
+    ]
+    return in_a_loader(v2.Compose(steps))
+
+
+def lightly_transform() -> float:
+    from lightly.transforms import SimCLRTransform
+
+    both = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
+    one = transforms.Lambda(both.transforms[0])
+    return in_a_loader(one)
+
+
+def training_step() -> float:
+    """For comparison: forward, backward and optimizer of ResNet-18 with the CIFAR stem, bfloat16 where it is fast."""
+    from benchmarks.step import bare
+
+    return 1000 / (2 * bare("cifar", batch_size=64))
+
+
+if __name__ == "__main__":
+    common.main(
+        "augmentation",
+        {
+            "32 x 32": {
+                common.OURS: ours,
+                "torchvision v1 (Pillow), DataLoader": torchvision_v1,
+                "torchvision v2 (tensors), DataLoader": torchvision_v2,
+                "lightly SimCLRTransform, DataLoader": lightly_transform,
+                "kornia, batched": kornia_batched,
+                "kornia, with our memory setting": kornia_with_our_memory_setting,
+                "a training step, CIFAR stem": training_step,
+            }
+        },
+        about="Augmentation of 32 x 32 images",
+        unit="milliseconds per view, less is better",
+    )

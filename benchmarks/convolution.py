@@ -1,0 +1,64 @@
+"""3 x 3 convolutions of small maps on the CPU: PyTorch's own, as one dense matrix, and by gathering patches.
+
+    python -m benchmarks.convolution
+
+Forward and backward of ResNet-18's layers, for the map sizes that occur with small images. This is what decides which
+maps simCLR.SmallMapConv2d takes over, and how.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+import functions as fn
+import simCLR
+from benchmarks import common
+
+SHAPES = [  # channels in, channels out, side of the map, stride
+    (512, 512, 1, 1),
+    (256, 512, 2, 2),
+    (256, 256, 2, 1),
+    (512, 512, 2, 1),
+    (256, 512, 4, 2),
+    (256, 256, 4, 1),
+    (512, 512, 4, 1),
+    (128, 128, 8, 1),
+    (256, 256, 8, 1),
+    (128, 256, 8, 2),
+    (256, 512, 8, 2),
+]
+BATCH = 256
+
+
+def milliseconds(shape: tuple[int, int, int, int], dtype: torch.dtype, way: str) -> float:
+    fn.prepare_device("cpu")
+    channels_in, channels_out, side, stride = shape
+    x = torch.randn(BATCH, channels_in, side, side).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    layer = simCLR.SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False).to(dtype)
+    layer.to(memory_format=torch.channels_last)
+    forward = {
+        "PyTorch": lambda: torch.nn.functional.conv2d(x, layer.weight, stride=stride, padding=1),
+        "dense matrix": lambda: layer.dense(x),
+        "patches": lambda: simCLR.PatchConvolution.apply(x, layer.weight, stride),
+        common.OURS: lambda: layer(x),
+    }[way]
+    gradient = torch.randn_like(forward())
+
+    def both() -> None:
+        torch.autograd.grad(forward(), (x, layer.weight), gradient)
+
+    return 1000 * common.seconds(both, at_least=0.5)
+
+
+if __name__ == "__main__":
+    groups: dict[str, dict[str, common.Candidate]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            channels_in, channels_out, side, stride = shape
+            ways = [common.OURS, "PyTorch", "patches", *(["dense matrix"] if side <= 2 else [])]
+            group = f"{str(dtype)[6:]}, {channels_in} -> {channels_out}, {side} x {side}, stride {stride}"
+            groups[group] = {way: partial(milliseconds, shape, dtype, way) for way in ways}
+    about = f"Forward and backward of 3 x 3 convolutions, {BATCH} images"
+    common.main("convolution", groups, about=about, unit="milliseconds, less is better", fresh=False)

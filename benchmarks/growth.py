@@ -1,0 +1,87 @@
+"""How cost grows with the batch, the data set, and the number of features: seconds, and peak memory in MiB.
+
+python -m benchmarks.growth       # about half an hour: t-SNE of 50,000 points takes most of it
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+
+import functions as fn
+import simCLR
+from benchmarks import common, usual
+
+
+def loss(n: int, masked: bool = False) -> float:
+    """Seconds of one forward and backward pass of NT-Xent on n pairs."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(2 * n, 128, requires_grad=True)
+    f = usual.masked_copy_loss if masked else fn.nt_xent_loss
+    if not masked:
+        fn.prepare_device("cpu")
+
+    def step() -> None:
+        embeddings.grad = None
+        f(embeddings).backward()
+
+    return common.seconds(step, at_least=0.5, repeats=1, warm_up=1 if n <= 16384 else 0)
+
+
+def pretraining(n: int, steps: int = 200) -> float:
+    """Seconds to prepare pretraining on n images and make `steps` batches of 256 pairs of views of them."""
+    fn.prepare_device("cpu")
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    config = simCLR.Config(batch_size=256)
+    start = time.perf_counter()
+    normalize = fn.Normalize(images)
+    batches = iter(fn.Batches(images, batch_size=config.batch_size, seed=0, drop_last=True))
+    for _ in range(min(steps, n // config.batch_size)):
+        (batch,) = next(batches)
+        normalize(simCLR.two_views(batch, config))
+    taken = time.perf_counter() - start
+    return taken * steps / min(steps, n // config.batch_size)
+
+
+def features(n: int) -> simCLR.Features:
+    """n points of 512 dimensions around ten centres, and as many queries."""
+    torch.manual_seed(0)
+    labels = torch.arange(n) % 10
+    centres = torch.randn(10, 512)
+    bank, queries = (centres[labels] + torch.randn(n, 512) for _ in range(2))
+    return simCLR.Features(bank, labels, queries, labels, tuple("0123456789"))
+
+
+def knn(n: int) -> float:
+    """Seconds to classify n queries by their 200 nearest of n."""
+    data = features(n)
+    fn.prepare_device("cpu")
+    return common.seconds(
+        lambda: fn.knn_predict(data.test, data.train, data.train_labels, 10), at_least=0.5, repeats=1, warm_up=0
+    )
+
+
+def tsne(n: int) -> float:
+    """Seconds of t-SNE of n points of 512 dimensions, PCA included."""
+    data = features(n)
+    start = time.perf_counter()
+    simCLR.tsne_points(data.test, seed=0)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    counts = (1000, 5000, 10_000, 20_000, 50_000)
+    groups: dict[str, dict[str, common.Candidate]] = {
+        "NT-Xent, forward and backward, by pairs": {
+            f"{n:,}": partial(loss, n) for n in (256, 1024, 4096, 16_384, 65_536)
+        },
+        "the same, from masked copies": {f"{n:,}": partial(loss, n, masked=True) for n in (256, 1024, 4096)},
+        "200 batches of 256 pairs of views, and their preparation, by images in the set": {
+            f"{n:,}": partial(pretraining, n) for n in (5000, 50_000, 500_000)
+        },
+        "k-NN of as many queries, by features": {f"{n:,}": partial(knn, n) for n in counts},
+        "t-SNE, by features": {f"{n:,}": partial(tsne, n) for n in counts},
+    }
+    common.main("growth", groups, about="How cost grows", unit="seconds, less is better", reference=None, rounds=1)

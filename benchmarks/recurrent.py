@@ -1,0 +1,104 @@
+"""Training a recurrent network on the rows of 32 x 32 images, batch 64, in images per second.
+
+    python -m benchmarks.recurrent
+
+"this project" is rnn.py's whole training of two epochs on 45,000 random images: validation on 5,000 more after each
+epoch, logging, checkpoints. "bare loop" trains the same network on one tensor that was normalised beforehand: forward,
+backward, optimizer, nothing else. "usual loop" is a DataLoader with ToTensor and Normalize per image, and .item().
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import rnn
+from benchmarks import common, usual
+
+BATCH_SIZE = 64
+STEPS = 400
+
+
+def splits(n: int, validation: int = 100) -> rnn.Splits:
+    images = torch.from_numpy(usual.random_images(n + validation)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.arange(n + validation) % 10
+    held_out = images[n:], labels[n:]
+    return rnn.Splits((images[:n], labels[:n]), held_out, held_out, tuple("0123456789"))
+
+
+def ours(cell: str) -> float:
+    epochs, n = 2, 45_000
+    config, data = rnn.Config(cell=cell, epochs=epochs), splits(n, 5000)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        rnn.train(config, cell, data, Path(folder))
+        return epochs * n / (time.perf_counter() - start)
+
+
+def rate(cell: str, batches: Iterable[tuple[Tensor, Tensor]], fetch: bool, fused: bool = False) -> float:
+    """Images per second of a plain training loop; `fetch` gets loss and accuracy as numbers after every batch."""
+    config = rnn.Config()
+    model = rnn.build_model(config, cell, torch.empty(1, 3, 32, 32), 10)
+    adam = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.Adam(model.parameters(), **adam, fused=fused)  # type: ignore[arg-type]
+    correct, total = 0, 0.0
+    for step, (x, labels) in enumerate(batches):
+        if step == 20:
+            start = time.perf_counter()
+        logits = model(x)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if fetch:
+            total += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
+    return (step - 19) * BATCH_SIZE / (time.perf_counter() - start)
+
+
+def bare_loop(cell: str, fused: bool = False) -> float:
+    images, labels = splits(BATCH_SIZE * STEPS).train
+    x = rnn.rows_as_sequence((images / 255 - 0.5) / 0.25)
+    return rate(cell, zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True), fetch=False, fused=fused)
+
+
+class Rows(Dataset):
+    """Rows of an array of images, each through Pillow, ToTensor and Normalize."""
+
+    def __init__(self, n: int) -> None:
+        self.images = usual.random_images(n)
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image: Tensor = self.transform(Image.fromarray(self.images[i]))
+        return image.permute(1, 0, 2).flatten(1), i % 10
+
+
+def usual_loop(cell: str) -> float:
+    return rate(cell, DataLoader(Rows(BATCH_SIZE * STEPS), BATCH_SIZE, shuffle=True), fetch=True)
+
+
+if __name__ == "__main__":
+    groups: dict[str, dict[str, common.Candidate]] = {
+        cell: {
+            common.OURS: partial(ours, cell),
+            "bare loop": partial(bare_loop, cell),
+            "bare loop, fused optimizer": partial(bare_loop, cell, fused=True),
+            "usual loop": partial(usual_loop, cell),
+        }
+        for cell in rnn.CELLS
+    }
+    about = "Training a recurrent network on image rows, batch 64"
+    common.main("recurrent", groups, about=about, unit="images per second, more is better", higher_is_better=True)
