@@ -1,6 +1,6 @@
 """The README's tables of speed, from results/benchmarks/*.json.
 
-python -m benchmarks.table
+python -m benchmarks.table         # prints the README's summary, writes all tables to results/benchmarks/README.md
 """
 
 from __future__ import annotations
@@ -12,6 +12,23 @@ from typing import Any
 from benchmarks.common import OURS
 
 FOLDER = Path(__file__).parent.parent / "results" / "benchmarks"
+NAMES = ("step", "augmentation", "loss", "recurrent", "startup", "convolution", "growth")
+SUMMARY = (  # benchmark, group, alternative
+    ("step", "cifar stem, batch 256", "usual formulation"),
+    ("step", "cifar stem, batch 256", "bare model"),
+    ("step", "imagenet stem, batch 512", "usual formulation"),
+    ("step", "imagenet stem, batch 512", "bare model"),
+    ("augmentation", "32 x 32", "torchvision v1 (Pillow), DataLoader"),
+    ("augmentation", "32 x 32", "lightly SimCLRTransform, DataLoader"),
+    ("augmentation", "32 x 32", "kornia, batched"),
+    ("loss", "N = 2048", "masked copies"),
+    ("loss", "N = 2048", "lightly NTXentLoss"),
+    *(
+        ("recurrent", cell, alternative)
+        for cell in ("rnn", "lstm", "gru")
+        for alternative in ("usual loop", "bare loop")
+    ),
+)
 
 
 def number(value: float) -> str:
@@ -23,35 +40,47 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def summary() -> str:
+    """The README's table: this project beside one alternative a line."""
+    lines = ["| | this project | alternative | | faster by |", "| --- | ---: | --- | ---: | ---: |"]
+    for name, group, alternative in SUMMARY:
+        found = read(name)
+        rows, unit = found["groups"][group], found["unit"].split(",")[0]
+        ours, theirs = (number(rows[who]["median"]) for who in (OURS, alternative))
+        ratio = rows[alternative][f"{OURS} is faster by"]
+        lines.append(f"| {found['about']}, {group} ({unit}) | {ours} | {alternative} | {theirs} | {ratio:.2f}× |")
+    return "\n".join(lines)
+
+
 def comparison(name: str) -> list[str]:
-    """A table of one benchmark: each group's candidates, and how many times faster this project is than each."""
+    """All that one benchmark measured, with the raw values."""
     found = read(name)
-    lines = [
-        f"| {found['about']} | {found['unit'].split(',')[0]} | this project is faster by |",
-        "| --- | ---: | ---: |",
-    ]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    machine = f"{found['processor']}, {found['threads']} threads, {versions}, {found['seconds']:.0f} s"
+    lines = [f"## {found['about']}", "", f"    {found['command']}", "", f"{found['unit'].capitalize()}. {machine}.", ""]
+    header = ["", "median", "this project is faster by", "raw values", "peak memory, MiB"]
+    lines += [f"| {' | '.join(header)} |", "| --- | ---: | ---: | --- | ---: |"]
     for group, rows in found["groups"].items():
-        lines.append(f"| *{group}* | | |")
+        lines.append(f"| **{group}** | | | | |")
         for candidate, row in rows.items():
-            ratio = "" if candidate == OURS else f"{row[f'{OURS} is faster by']:.2f}×"
-            lines.append(f"| {candidate} | {number(row['median'])} | {ratio} |")
+            ratio = row.get(f"{OURS} is faster by")
+            cells = [candidate, number(row["median"]), f"{ratio:.2f}×" if ratio and candidate != OURS else ""]
+            cells += [", ".join(f"{value:g}" for value in row["values"]), f"{row.get('peak_mib', ''):,}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def growth() -> list[str]:
-    """How cost grows: a line per quantity, seconds and peak memory."""
-    lines = []
-    for group, rows in read("growth")["groups"].items():
-        lines += ["", f"| {group} | " + " | ".join(rows) + " |", "| --- |" + " ---: |" * len(rows)]
-        lines.append("| seconds | " + " | ".join(number(row["median"]) for row in rows.values()) + " |")
-        lines.append("| peak memory, MiB | " + " | ".join(f"{row['peak_mib']:,}" for row in rows.values()) + " |")
-    return lines[1:]
-
-
-def tables() -> str:
-    parts = [comparison(name) for name in ("step", "augmentation", "loss", "recurrent", "startup")]
-    return "\n\n".join("\n".join(part) for part in [*parts, growth()])
+def everything() -> str:
+    """results/benchmarks/README.md."""
+    start = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m benchmarks.table`; the numbers are in the JSON files beside.",
+        "",
+    ]
+    return "\n".join([*start, *(line for name in NAMES for line in [*comparison(name), ""])])
 
 
 if __name__ == "__main__":
-    print(tables())
+    (FOLDER / "README.md").write_text(everything())
+    print(summary())
