@@ -57,4 +57,4 @@ if __name__ == "__main__":
     helps = {f"{script} --help": {common.OURS: partial(seconds_of, script, "--help"), **bare} for script in scripts}
     helps["simCLR.py to the end of its first step, 60,000 images"] = {common.OURS: second_start}
     about, unit = "Start-up", "seconds, less is better"
-    common.main("startup", helps, about=about, unit=unit, rounds=5, fresh=False)
+    common.main("startup", helps, about=about, unit=unit, rounds=3, fresh=False)

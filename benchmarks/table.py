@@ -65,7 +65,8 @@ def comparison(name: str) -> list[str]:
         for candidate, row in rows.items():
             ratio = row.get(f"{OURS} is faster by")
             cells = [candidate, number(row["median"]), f"{ratio:.2f}×" if ratio and candidate != OURS else ""]
-            cells += [", ".join(f"{value:g}" for value in row["values"]), f"{row.get('peak_mib', ''):,}"]
+            peak = f"{row['peak_mib']:,}" if "peak_mib" in row else ""
+            cells += [", ".join(f"{value:g}" for value in row["values"]), peak]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
