@@ -266,7 +266,8 @@ def save_config(file: Path, config: RunConfig) -> None:
 def start_record(config: RunConfig) -> dict[str, Any]:
     """What runs, where, and with which versions: the beginning of results.json, to be taken before the work starts."""
     device = resolve_device(config.accelerator)
-    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")  # results change no result
     return {
         "script": Path(sys.argv[0]).name,
         "dataset": config.dataset,
@@ -641,10 +642,15 @@ def resolve_precision(precision: str, device: str) -> Literal["fp32", "bf16"]:
     return "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def prepare_device(device: str) -> None:
-    """Settings of the whole process that make `device` fast: called before anything is computed on it."""
+def prepare_device(config: RunConfig) -> None:
+    """Settings of the whole process that make its device fast.
+
+    On CUDA, a run in bfloat16 computes the matrix products that stay float32 (augmentation, NT-Xent) as TF32.
+    """
+    device = resolve_device(config.accelerator)
+    reduced = resolve_precision(config.precision, device) == "bf16"
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if reduced else "highest")
     if device == "cpu":  # glibc hands large blocks back to the system, and fetches them again page by page: keep them
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -724,6 +730,9 @@ class EpochSeed(Callback):
 class EpochLog(Callback):
     """One row per epoch: printed as a line, kept in `rows`, written to metrics.csv and to TensorBoard.
 
+    What `training_step` returns ({"loss": ..., "accuracy": ...}, means over a batch) becomes train_loss and so on,
+    the means over the epoch's images; what a module logs in validation stands beside it.
+
     The rows travel in the checkpoint, so that a resumed run's metrics.csv has every epoch exactly once.
     """
 
@@ -740,6 +749,7 @@ class EpochLog(Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = self.training_end = time.perf_counter()
         self.sums: dict[str, Tensor] = {}
+        self.means: dict[str, float] = {}
         self.images = 0
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
@@ -750,15 +760,16 @@ class EpochLog(Callback):
         for name, value in outputs.items():  # what training_step returned; `self.log` there costs a tenth of a step
             self.sums[name] = self.sums.get(name, 0) + n * value.detach()
         self.images += n
+        if batch_idx + 1 == trainer.num_training_batches:  # to fetch the sums is to wait for the GPU
+            self.means = {f"train_{name}": float(total) / self.images for name, total in self.sums.items()}
         self.training_end = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        training = {f"train_{name}": float(total) / self.images for name, total in self.sums.items()}
         validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         held_out = {name: float(value) for name, value in trainer.callback_metrics.items()} if validated else {}
         row = {
             "epoch": trainer.current_epoch + 1,
-            **training,
+            **self.means,
             **held_out,
             "learning_rate": self.learning_rate,
             "images_per_second": round(self.images / (self.training_end - self.start), 1),
@@ -836,7 +847,7 @@ def make_trainer(
 
     quiet_libraries()
     device = resolve_device(config.accelerator)
-    prepare_device(device)
+    prepare_device(config)
     on_terminal = sys.stdout.isatty() and not (log and log.quiet)
     extra = [log, checkpoint, ProgressBar(leave=False) if on_terminal else None]
     return lightning.Trainer(
@@ -926,7 +937,7 @@ def extract_features(model: nn.Module, images: Tensor, config: RunConfig, batch_
     The model's mode and device are put back afterwards.
     """
     device, was_training = resolve_device(config.accelerator), model.training
-    prepare_device(device)
+    prepare_device(config)
     reduced = resolve_precision(config.precision, device) == "bf16"
     model.eval().to(device)
     with torch.autocast(device, torch.bfloat16, enabled=reduced):

@@ -93,7 +93,7 @@ class Config(RunConfig):
     knn_every: int = 1
     """epochs between k-NN checks, on training images whose labels pretraining never sees"""
     compile: bool = False
-    """compile the model with torch.compile (for GPUs: on a CPU it takes minutes, and is slower afterwards)"""
+    """compile the model with torch.compile: meant for GPUs"""
 
     knn_k: int = 200
     """neighbours that vote in k-NN"""
@@ -190,12 +190,12 @@ def resize_weights(start: Tensor, length: Tensor, size_in: int, size_out: int) -
     start, length: (B,) -> float32 (B, size_out, size_in); each row holds the weights of one output pixel.
     """
     step = (length / size_out).view(-1, 1, 1)  # input pixels per output pixel
+    first, last = start.view(-1, 1, 1), (start + length).view(-1, 1, 1)
     pixel = torch.arange(size_in, device=start.device) + 0.5
-    centre = (torch.arange(size_out, device=start.device) + 0.5).view(1, -1, 1) * step + start.view(-1, 1, 1)
-    weights = (1 - (pixel - centre).abs() / step.clamp_min(1)).clamp_min_(0)  # a triangle around the centre
-    inside = (pixel > start.view(-1, 1, 1)) & (pixel < (start + length).view(-1, 1, 1))
-    weights = weights * inside
-    return weights / weights.sum(2, keepdim=True)
+    centre = (torch.arange(size_out, device=start.device) + 0.5).view(1, -1, 1) * step + first
+    weights = (pixel - centre).abs_().div_(-step.clamp_min(1)).add_(1).clamp_min_(0)  # a triangle around the centre
+    weights.mul_((pixel > first) & (pixel < last))
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: float) -> Tensor:
@@ -205,7 +205,8 @@ def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: f
     columns = resize_weights(left, w, x.shape[3], size)  # (B, size, W)
     flipped = (uniform(len(x), 0, 1, x.device) < flip).view(-1, 1, 1)
     columns = torch.where(flipped, columns.flip(1), columns).transpose(1, 2)
-    return torch.stack([rows @ channel @ columns for channel in x.unbind(1)], dim=1)
+    narrowed = x.flatten(1, 2) @ columns  # (B, 3 H, size)
+    return rows.unsqueeze(1) @ narrowed.unflatten(1, x.shape[1:3])  # (B, 3, size, size)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -217,17 +218,20 @@ def luminance(x: Tensor) -> Tensor:
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn every colour around the HSV colour wheel by `shift` (B,) turns, keeping value and chroma. (B, 3, H, W).
 
-    shift must be within -1/3 and 1/3. On the wheel red stands at 0, green at 2, blue at 4 and red again at 6: a
+    shift must be within -1/3 and 1/3. On the wheel red stands at 0, green at 2, blue at -2 and cyan at 3 = -3: a
     channel is at its highest within 1 of its place and at its lowest from 2 on, and falls linearly in between.
     """
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    between = torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
-    hue = torch.where(value == red, green - blue, between).div_(chroma.clamp_min(1e-12))
-    hue.add_(6 * shift.view(-1, 1, 1))  # now in [-3, 7]
+    c = chroma.clamp_min(1e-12)
+    side, fall = (green - blue).div_(c), (value - red).div_(c)  # -1...1 towards blue or green, 0...1 from red
+    # Distance from red: |side| while fall is 0, then 1 + fall while |side| is 1, then 3 - |side| while fall is 1.
+    hue = torch.addcmul(side.abs(), fall, 3 - 2 * side.abs()).copysign_(side)
+    hue.add_(6 * shift.view(-1, 1, 1))  # now in [-5, 5]
     # Around the wheel, a hue t away from a channel's place has the distance 3 - | |t| - 3 |.
-    height = torch.stack([hue, hue - 2, hue - 4], dim=1).abs_().sub_(3).abs_().clamp_(1, 2)  # 1 lowest, 2 highest
+    places = torch.arange(-2, 3, 2, device=x.device).roll(-1).view(1, 3, 1, 1)  # 0, 2, -2
+    height = (hue.unsqueeze(1) - places).abs_().sub_(3).abs_().clamp_(1, 2)  # 1 lowest, 2 highest
     return torch.addcmul((value - 2 * chroma).unsqueeze(1), chroma.unsqueeze(1), height)
 
 
@@ -244,25 +248,26 @@ def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
     shifts = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
     kinds = torch.rand(n, 3, device=device).argsort(1)  # of the 1st, 2nd, 3rd blend: 0 bright, 1 contrast, 2 saturation
     factors = factors.gather(1, kinds)  # in each image's own order
+    contrast, saturation = (kinds == 1).float(), (kinds == 2).float()
     shuffled = torch.randperm(n, device=device)
 
-    x = x[shuffled % count]
+    x = x.index_select(0, shuffled % count)
     for turn, shift in enumerate(shifts.chunk(4)):
         quarter = x.chunk(4)[turn]
         quarter.copy_(shift_hue(quarter, shift))
         if turn == 3:
             break
-        kind, factor = kinds[:, turn].view(-1, 1, 1, 1), factors[:, turn].view(-1, 1, 1, 1)
+        factor, by_mean, by_grey = (a[:, turn].view(-1, 1, 1, 1) for a in (factors, contrast, saturation))
         grey = luminance(x)
-        other = grey.mean((2, 3), keepdim=True) * (kind == 1) + grey * (kind == 2)
+        other = torch.addcmul(grey.mean((2, 3), keepdim=True) * by_mean, grey, by_grey)
         x = torch.lerp(other, x, factor).clamp_(0, 1)
-    return x[shuffled.argsort()[:count]]
+    return x.index_select(0, shuffled.argsort()[:count])
 
 
 def random_grayscale(x: Tensor, p: float) -> Tensor:
     """Replace an image by its grey version with probability p. (B, 3, H, W)."""
-    dropped = (uniform(len(x), 0, 1, x.device) < p).view(-1, 1, 1, 1)
-    return torch.where(dropped, luminance(x), x)
+    dropped = (uniform(len(x), 0, 1, x.device) < p).float().view(-1, 1, 1, 1)
+    return torch.lerp(x, luminance(x), dropped)
 
 
 def gaussian_blur(x: Tensor, p: float) -> Tensor:
@@ -301,16 +306,17 @@ def crop_schedule(crop_size: int | str | None) -> list[tuple[int | None, float]]
     if crop_size is None:
         return [(None, 1.0)]
     text = str(crop_size)
-    hint = f"--crop_size {text}: give a side from 4 to 1024, or sides and shares that grow to 1, as 16:0.7,32:1"
+    hint = f"--crop_size {text}: give a side from 4 to 224, or sides and shares that grow to 1, as 16:0.7,32:1"
     try:
         pairs = [part.split(":") for part in (text if ":" in text else f"{text}:1").split(",")]
-        schedule = [(int(side), float(share)) for side, share in pairs]
+        schedule: list[tuple[int | None, float]] = [(int(side), float(share)) for side, share in pairs]
     except ValueError:
         raise UserError(hint) from None
     shares = [0.0, *(share for _, share in schedule)]
     growing = all(a < b for a, b in itertools.pairwise(shares)) and shares[-1] == 1
-    check(growing and all(4 <= side <= 1024 for side, _ in schedule), hint)
-    return list(schedule)
+    # YAML reads 16:1 as a number of base 60, which is why no side may be that large.
+    check(growing and all(4 <= int(side or 0) <= 224 for side, _ in schedule), hint)
+    return schedule
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,7 +325,7 @@ def crop_schedule(crop_size: int | str | None) -> list[tuple[int | None, float]]
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that computes small maps as matrix products on the CPU.
+    """A 3x3 convolution with padding 1 that, on the CPU, computes maps of up to 4x4 output pixels as matrix products.
 
     The same parameters and, to rounding, the same result, at up to several times the speed (benchmarks/convolution.py).
     It also avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, not even finite at times (2.14).
@@ -337,7 +343,7 @@ class SmallMapConv2d(nn.Conv2d):
         return PatchConvolution.apply(x, weight, stride)
 
     def dense(self, x: Tensor) -> Tensor:
-        """On 2x2 pixels every output pixel sees every input pixel: the convolution is one matrix of its taps."""
+        """On at most 2x2 pixels every output sees every input pixel: the convolution is one matrix of its taps."""
         (b, _, height, width), stride = x.shape, self.stride[0]
         taps = self.weight.flatten(2).unbind(2)  # nine of (out, in); output pixel (y, x) sees input pixel (i, j)
         outputs = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
@@ -356,7 +362,7 @@ class PatchConvolution(torch.autograd.Function):
         ctx.stride, ctx.input_shape = stride, (b, height, width, c)
         padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         taps = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
-        patches = torch.cat(taps, dim=3)  # (B, H / stride, W / stride, 9 C)
+        patches = torch.cat(taps, dim=3)  # (B, H / stride, W / stride, 9 C), sides rounded up
         matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, 9 C)
         ctx.save_for_backward(patches, matrix)
         return (patches @ matrix.T).permute(0, 3, 1, 2)
@@ -368,11 +374,11 @@ class PatchConvolution(torch.autograd.Function):
         (b, height, width, c), stride = ctx.input_shape, ctx.stride
         grad = grad_output.permute(0, 2, 3, 1)  # (B, H / stride, W / stride, O)
         grad_matrix = grad.flatten(0, 2).T @ patches.flatten(0, 2)  # (O, 9 C)
-        padded = grad.new_zeros(b, height + 2, width + 2, c)
+        padded = grad.new_zeros(b, height + 2, width + 2, c, dtype=torch.promote_types(grad.dtype, torch.float32))
         for tap, grad_tap in enumerate((grad @ matrix).split(c, dim=3)):  # each patch gives to the pixels it came from
             i, j = divmod(tap, 3)
             padded[:, i : i + height : stride, j : j + width : stride] += grad_tap
-        grad_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        grad_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2).to(grad.dtype)
         return grad_x, grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2), None
 
 
@@ -520,7 +526,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     images = data.pretraining_images
     module = Pretraining(model, images, knn_monitor(data, config.seed), config)
     if config.compile:
-        model.compile()
+        model.compile(dynamic=False)  # a graph per crop size
     log = fn.EpochLog(folder / "metrics.csv")
     checkpoint = fn.Checkpoints(folder / "checkpoints", log)
     validation: dict[str, Any] = (

@@ -2,19 +2,22 @@
 
 A fresh process, because settings such as the memory allocator's hold for a whole process and would help or harm the
 candidate that comes next; in turn, so that a machine that is slower for a while is slower for all. Reported are the
-median of the rounds, all raw values, and the peak of memory above what the process held before.
+median of the rounds and all raw values; where memory is the question, also the peak above what was held before.
+
+All of it on the CPU, where every alternative runs too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,15 @@ def seconds(f: Callable[[], Any], at_least: float = 2.0, repeats: int = 5, warm_
     return statistics.median(taken)
 
 
-def peak_mib() -> float:
-    """The most memory this process ever held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def prepare() -> None:
+    """The settings with which this project runs on a CPU."""
+    fn.prepare_device(fn.RunConfig(accelerator="cpu"))
+
+
+def memory_mib(which: str) -> float:
+    """What this process holds (VmRSS) or ever held (VmHWM), in MiB. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 def main(
@@ -53,6 +62,7 @@ def main(
     reference: str | None = OURS,
     rounds: int = 3,
     fresh: bool = True,
+    memory: bool = False,
 ) -> None:
     """Measure each group's candidates against `reference`, print a table, write results/benchmarks/<name>.json.
 
@@ -64,11 +74,15 @@ def main(
     words = parser.parse_args()
     if words.one:
         group, candidate = words.one
-        before = peak_mib()
-        value = groups[group][candidate]()
-        print(json.dumps({"value": value, "peak_mib": peak_mib() - before}))
+        before = memory_mib("VmRSS") if memory else 0.0
+        measured_here = {"value": groups[group][candidate]()}
+        print(json.dumps(measured_here | ({"peak_mib": memory_mib("VmHWM") - before} if memory else {})))
         return
-    record = fn.start_record(fn.RunConfig(dataset="random"))
+    record = fn.start_record(fn.RunConfig(dataset="random images", accelerator="cpu"))
+    del record["precision"]  # each benchmark's own
+    for package in ("torchvision", "lightly", "kornia", "pytorch-metric-learning"):
+        with contextlib.suppress(PackageNotFoundError):
+            record["versions"][package] = version(package)
     outcome: dict[str, Any] = {}
     print(f"{about}\n{torch.get_num_threads()} threads, {words.rounds} rounds; {unit}")
     for group, candidates in groups.items():

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-import functions as fn
 import simCLR
 from benchmarks import common
 
@@ -33,7 +32,7 @@ BATCH = 256
 
 
 def milliseconds(shape: tuple[int, int, int, int], dtype: torch.dtype, way: str) -> float:
-    fn.prepare_device("cpu")
+    common.prepare()
     channels_in, channels_out, side, stride = shape
     x = torch.randn(BATCH, channels_in, side, side).to(dtype, memory_format=torch.channels_last).requires_grad_()
     layer = simCLR.SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False).to(dtype)

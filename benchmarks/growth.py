@@ -5,6 +5,7 @@ python -m benchmarks.growth       # about half an hour: t-SNE of 50,000 points t
 
 from __future__ import annotations
 
+import itertools
 import time
 from functools import partial
 
@@ -19,9 +20,8 @@ def loss(n: int, masked: bool = False) -> float:
     """Seconds of one forward and backward pass of NT-Xent on n pairs."""
     torch.manual_seed(0)
     embeddings = torch.randn(2 * n, 128, requires_grad=True)
+    common.prepare()
     f = usual.masked_copy_loss if masked else fn.nt_xent_loss
-    if not masked:
-        fn.prepare_device("cpu")
 
     def step() -> None:
         embeddings.grad = None
@@ -32,17 +32,15 @@ def loss(n: int, masked: bool = False) -> float:
 
 def pretraining(n: int, steps: int = 200) -> float:
     """Seconds to prepare pretraining on n images and make `steps` batches of 256 pairs of views of them."""
-    fn.prepare_device("cpu")
+    common.prepare()
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
     config = simCLR.Config(batch_size=256)
     start = time.perf_counter()
     normalize = fn.Normalize(images)
-    batches = iter(fn.Batches(images, batch_size=config.batch_size, seed=0, drop_last=True))
-    for _ in range(min(steps, n // config.batch_size)):
-        (batch,) = next(batches)
+    batches = fn.Batches(images, batch_size=config.batch_size, seed=0, drop_last=True)
+    for _, (batch,) in zip(range(steps), itertools.chain.from_iterable(itertools.repeat(batches)), strict=False):
         normalize(simCLR.two_views(batch, config))
-    taken = time.perf_counter() - start
-    return taken * steps / min(steps, n // config.batch_size)
+    return time.perf_counter() - start
 
 
 def features(n: int) -> simCLR.Features:
@@ -57,7 +55,7 @@ def features(n: int) -> simCLR.Features:
 def knn(n: int) -> float:
     """Seconds to classify n queries by their 200 nearest of n."""
     data = features(n)
-    fn.prepare_device("cpu")
+    common.prepare()
     return common.seconds(
         lambda: fn.knn_predict(data.test, data.train, data.train_labels, 10), at_least=0.5, repeats=1, warm_up=0
     )
@@ -84,4 +82,6 @@ if __name__ == "__main__":
         "k-NN of as many queries, by features": {f"{n:,}": partial(knn, n) for n in counts},
         "t-SNE, by features": {f"{n:,}": partial(tsne, n) for n in counts},
     }
-    common.main("growth", groups, about="How cost grows", unit="seconds, less is better", reference=None, rounds=1)
+    common.main(
+        "growth", groups, about="How cost grows", unit="seconds, less is better", reference=None, rounds=1, memory=True
+    )

@@ -3,8 +3,9 @@
     python -m benchmarks.recurrent
 
 "this project" is rnn.py's whole training of two epochs on 45,000 random images: validation on 5,000 more after each
-epoch, logging, checkpoints. "bare loop" trains the same network on one tensor that was normalised beforehand: forward,
-backward, optimizer, nothing else. "usual loop" is a DataLoader with ToTensor and Normalize per image, and .item().
+epoch, logging, checkpoints. "bare loop" trains the same network on one tensor that was normalised beforehand, with the
+same settings: forward, backward, optimizer, nothing else. "usual loop" is a DataLoader with ToTensor and Normalize per
+image, in two worker processes or none, and .item(). All in float32 but for the line that says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,25 +37,28 @@ def splits(n: int, validation: int = 100) -> rnn.Splits:
     return rnn.Splits((images[:n], labels[:n]), held_out, held_out, tuple("0123456789"))
 
 
-def ours(cell: str) -> float:
+def ours(cell: str, precision: str = "fp32") -> float:
     epochs, n = 2, 45_000
-    config, data = rnn.Config(cell=cell, epochs=epochs), splits(n, 5000)  # type: ignore[arg-type]
+    settings: Any = {"cell": cell, "precision": precision, "accelerator": "cpu"}
+    config, data = rnn.Config(**settings, epochs=epochs), splits(n, 5000)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         rnn.train(config, cell, data, Path(folder))
         return epochs * n / (time.perf_counter() - start)
 
 
-def rate(cell: str, batches: Iterable[tuple[Tensor, Tensor]], fetch: bool, fused: bool = False) -> float:
+def rate(cell: str, batches: Iterable[tuple[Tensor, Tensor]], fetch: bool) -> float:
     """Images per second of a plain training loop; `fetch` gets loss and accuracy as numbers after every batch."""
     config = rnn.Config()
     model = rnn.build_model(config, cell, torch.empty(1, 3, 32, 32), 10)
-    adam = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.Adam(model.parameters(), **adam, fused=fused)  # type: ignore[arg-type]
-    correct, total = 0, 0.0
+    parameters, rates = model.parameters(), (config.learning_rate, config.weight_decay)
+    optimizer = torch.optim.Adam(parameters, lr=rates[0], weight_decay=rates[1], fused=not fetch)
+    correct, total = 0.0, 0.0
     for step, (x, labels) in enumerate(batches):
         if step == 20:
             start = time.perf_counter()
+        if step == STEPS:  # before a loader runs empty
+            break
         logits = model(x)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -62,13 +67,14 @@ def rate(cell: str, batches: Iterable[tuple[Tensor, Tensor]], fetch: bool, fused
         if fetch:
             total += loss.item()
             correct += (logits.argmax(1) == labels).sum().item()
-    return (step - 19) * BATCH_SIZE / (time.perf_counter() - start)
+    return (STEPS - 20) * BATCH_SIZE / (time.perf_counter() - start)
 
 
-def bare_loop(cell: str, fused: bool = False) -> float:
-    images, labels = splits(BATCH_SIZE * STEPS).train
+def bare_loop(cell: str) -> float:
+    common.prepare()
+    images, labels = splits(BATCH_SIZE * (STEPS + 1)).train
     x = rnn.rows_as_sequence((images / 255 - 0.5) / 0.25)
-    return rate(cell, zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True), fetch=False, fused=fused)
+    return rate(cell, zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True), fetch=False)
 
 
 class Rows(Dataset):
@@ -86,17 +92,19 @@ class Rows(Dataset):
         return image.permute(1, 0, 2).flatten(1), i % 10
 
 
-def usual_loop(cell: str) -> float:
-    return rate(cell, DataLoader(Rows(BATCH_SIZE * STEPS), BATCH_SIZE, shuffle=True), fetch=True)
+def usual_loop(cell: str, workers: int) -> float:
+    data = Rows(BATCH_SIZE * (STEPS + 20))
+    return rate(cell, DataLoader(data, BATCH_SIZE, shuffle=True, num_workers=workers), fetch=True)
 
 
 if __name__ == "__main__":
     groups: dict[str, dict[str, common.Candidate]] = {
         cell: {
             common.OURS: partial(ours, cell),
+            "this project, --precision bf16": partial(ours, cell, "bf16"),
             "bare loop": partial(bare_loop, cell),
-            "bare loop, fused optimizer": partial(bare_loop, cell, fused=True),
-            "usual loop": partial(usual_loop, cell),
+            "usual loop": partial(usual_loop, cell, workers=0),
+            "usual loop, two workers": partial(usual_loop, cell, workers=2),
         }
         for cell in rnn.CELLS
     }

@@ -52,6 +52,15 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def growth() -> str:
+    """The README's table of how cost grows: a line per quantity, seconds and peak memory."""
+    lines = []
+    for group, rows in read("growth")["groups"].items():
+        cells = [f"{size}: {number(row['median'])} s, {row['peak_mib']:,} MiB" for size, row in rows.items()]
+        lines.append(f"- {group}: {'; '.join(cells)}")
+    return "\n".join(lines)
+
+
 def comparison(name: str) -> list[str]:
     """All that one benchmark measured, with the raw values."""
     found = read(name)
@@ -84,4 +93,4 @@ def everything() -> str:
 
 if __name__ == "__main__":
     (FOLDER / "README.md").write_text(everything())
-    print(summary())
+    print(summary(), growth(), sep="\n\n")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10
+
 
 def random_images(n: int, side: int = 32) -> np.ndarray:
     """uint8 (n, side, side, 3), the same in every process."""
@@ -28,7 +30,7 @@ def augmentation(side: int = 32) -> Any:
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.ToTensor(),
-            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+            transforms.Normalize(MEAN, STD),
         ]
     )
 

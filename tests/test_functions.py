@@ -1307,7 +1307,7 @@ def test_a_prepared_process_does_not_fetch_the_same_memory_again(prepared):
     """100 times 16 MiB are 400,000 pages; a process that keeps its memory fetches them once."""
     program = f"""
 import resource, torch, functions as fn
-if {prepared}: fn.prepare_device("cpu")
+if {prepared}: fn.prepare_device(fn.RunConfig(accelerator="cpu"))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3): [torch.ones(2**22), torch.ones(2**22)]
 before = faults()
