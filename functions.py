@@ -651,7 +651,10 @@ def prepare_device(config: RunConfig) -> None:
     reduced = resolve_precision(config.precision, device) == "bf16"
     if device == "cuda":
         torch.set_float32_matmul_precision("high" if reduced else "highest")
-    if device == "cpu":  # glibc hands large blocks back to the system, and fetches them again page by page: keep them
+    if device == "cpu":
+        # Lightning has CUDA looked for by NVML: where there is none, each optimizer step tries to open its library.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+        # glibc hands large blocks of memory back to the system, and fetches them again page by page: keep them.
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too

@@ -11,7 +11,7 @@ import torch
 
 import functions as fn
 import simCLR
-from benchmarks import common, recurrent, step, table, usual
+from benchmarks import augmentation, common, convolution, growth, loss, recurrent, step, table, usual
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +22,8 @@ def test_the_masked_copy_formulation_is_the_same_loss(n):
     a, b = (torch.randn(2 * n, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
     b.data.copy_(a.data)
     losses = usual.masked_copy_loss(a, 0.3), fn.nt_xent_loss(b, 0.3)
-    for loss in losses:
-        loss.backward()
+    for value in losses:
+        value.backward()
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(a.grad, b.grad)
 
@@ -55,9 +55,11 @@ def test_the_usual_rows_are_those_of_rnn():
     assert label == labels[11]
 
 
-def test_seconds_is_the_median_of_its_repeats():
-    calls = []
-    assert 0 <= common.seconds(lambda: calls.append(1), at_least=0, repeats=5, warm_up=2) < 1
+def test_seconds_is_the_median_of_its_repeats(monkeypatch):
+    calls, durations = [], iter([1.0, 9.0, 2.0, 3.0, 100.0])
+    times = iter([t for d in durations for t in (0.0, d)])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(times))
+    assert common.seconds(lambda: calls.append(1), at_least=0, repeats=5, warm_up=2) == 3.0
     assert len(calls) == 7
 
 
@@ -83,6 +85,20 @@ def test_a_benchmark_measures_in_turn_prints_and_writes(tmp_path, monkeypatch, c
     }
     assert {"threads", "versions", "git_commit", "processor", "command", "seconds"} <= set(written)
     assert "1.00x" in capsys.readouterr().out
+
+
+def test_the_smallest_of_each_benchmark_runs(monkeypatch):
+    """With one call instead of seconds of them."""
+    monkeypatch.setattr(common, "seconds", lambda f, **_: f() or 1.0)
+    monkeypatch.setattr(recurrent, "STEPS", 22)
+    assert augmentation.ours() > 0
+    assert loss.ours(4) == loss.masked_copies(4) == 1000
+    assert convolution.milliseconds((4, 8, 2, 1), torch.float32, "dense matrix") == 1000
+    assert step.bare("imagenet", batch_size=2) == 2
+    assert recurrent.bare_loop("gru") > 0
+    assert recurrent.usual_loop("rnn") > 0
+    assert growth.loss(4) == growth.knn(20) == 1
+    assert growth.pretraining(600, steps=3) > 0
 
 
 def test_the_whole_step_is_measured_on_the_program_itself():

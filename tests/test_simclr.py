@@ -976,6 +976,25 @@ def test_pretraining_crops_by_its_schedule():
     assert {side for training, side in seen if not training} == {8}
 
 
+def test_a_side_that_yaml_reads_to_base_60_is_refused():
+    """16:1 is 961 there; a wrong size must not go unnoticed."""
+    for text in ("16:1", "32:1", "4:1"):
+        with pytest.raises(fn.UserError, match="--crop_size"):
+            fn.parse_config(simCLR.Config, ["--dataset", "digits", "--crop_size", text])
+    assert fn.parse_config(simCLR.Config, ["--dataset", "digits", "--crop_size", "16:0.5,32:1"]).crop_size
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_is_passed_on(monkeypatch, tmp_path, compiled):
+    calls = []
+    monkeypatch.setattr(simCLR.SimCLRModel, "compile", lambda self, **options: calls.append(options))
+    data = fn.load_dataset("digits")
+    data.train_images, data.train_labels = data.train_images[:40], data.train_labels[:40]
+    model = simCLR.SimCLRModel(nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), 3, 4, 4)
+    simCLR.pretrain(model, data, make_config(epochs=1, batch_size=20, compile=compiled), tmp_path)
+    assert calls == ([{"dynamic": False}] if compiled else [])
+
+
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_compile_sees_the_whole_model_as_one_graph(stem):
     """fullgraph: nothing in it sends torch.compile back to Python. The parameters keep their names."""
@@ -1021,6 +1040,26 @@ def test_small_maps_follow_autocast(size):
     assert y.dtype == torch.bfloat16
     assert ours.weight.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), ours(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 1), (8, 2), (7, 2)])
+def test_small_maps_in_bfloat16_are_rounded_like_torchs(size, stride):
+    """Value and gradients come no further from the exact ones than twice the error of torch's own convolution."""
+    torch.manual_seed(0)
+    layer = simCLR.SmallMapConv2d(64, 64, 3, stride, padding=1, bias=False)
+    x = torch.randn(32, 64, size, size)
+    g = torch.randn_like(layer(x))
+
+    def outcome(forward, dtype):
+        a, w = (t.detach().to(dtype).requires_grad_() for t in (x, layer.weight))
+        y = forward(a, w)
+        return [t.double() for t in (y, *torch.autograd.grad(y, (a, w), g.to(dtype)))]
+
+    theirs = lambda a, w: torch.nn.functional.conv2d(a, w, stride=stride, padding=1)  # noqa: E731
+    ours = lambda a, w: simCLR.PatchConvolution.apply(a, w, stride)  # noqa: E731
+    exact = outcome(theirs, torch.float64)
+    for e, a, b in zip(exact, outcome(ours, torch.bfloat16), outcome(theirs, torch.bfloat16), strict=True):
+        assert (a - e).norm() < 2 * (b - e).norm()
 
 
 @pytest.mark.parametrize(("size", "stride", "ours"), [(4, 1, True), (8, 2, True), (5, 1, False), (9, 2, False)])
