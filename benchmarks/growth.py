@@ -1,6 +1,6 @@
 """How cost grows with the batch, the data set, and the number of features: seconds, and peak memory in MiB.
 
-python -m benchmarks.growth       # about half an hour: t-SNE of 50,000 points takes most of it
+python -m benchmarks.growth
 """
 
 from __future__ import annotations
