@@ -969,8 +969,9 @@ def knn_predict(
     """
     bank, k = F.normalize(bank.float(), dim=1), min(k, len(bank))
     predictions = []
+    buffer = bank.new_empty(min(block, len(queries)), len(bank))  # one for all blocks: the heap does not fragment
     for part in queries.split(block):
-        similarity = F.normalize(part.float(), dim=1) @ bank.T  # (block, N)
+        similarity = torch.mm(F.normalize(part.float(), dim=1), bank.T, out=buffer[: len(part)])  # (block, N)
         nearest, index = similarity.topk(k, dim=1)  # (block, k)
         votes = torch.zeros(len(part), num_classes, device=bank.device)
         weights = ((nearest - nearest[:, :1]) / temperature).exp()  # relative to the nearest's: never infinite
