@@ -87,6 +87,7 @@ def test_a_benchmark_measures_in_turn_prints_and_writes(tmp_path, monkeypatch, c
     assert "1.00x" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_smallest_of_each_benchmark_runs(monkeypatch):
     """With one call instead of seconds of them."""
 
@@ -106,6 +107,7 @@ def test_the_smallest_of_each_benchmark_runs(monkeypatch):
     assert growth.pretraining(600, steps=3) > 0
 
 
+@pytest.mark.slow
 def test_the_whole_step_is_measured_on_the_program_itself():
     assert step.ours("imagenet", "--batch_size", "8", "--precision", "fp32", images=16) > 0
 
