@@ -12,8 +12,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from benchmarks import common, usual
 
 # simCLR.py, left at the beginning of its second step
@@ -37,10 +35,8 @@ def seconds_of(*words: str) -> float:
 def second_start(images: int = 60_000) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "images").mkdir()
-        for i, pixels in enumerate(usual.random_images(images)):
-            Image.fromarray(pixels).save(folder / "images" / f"{i}.bmp")
-        flags = ["--stages", "pretrain", "--stem", "imagenet", "--dataset", str(folder / "images"), "--data_dir", name]
+        dataset = usual.save_images(folder / "images", images)
+        flags = ["--stages", "pretrain", "--stem", "imagenet", "--dataset", str(dataset), "--data_dir", name]
         first, second = (
             seconds_of("-c", TO_THE_SECOND_STEP, *flags, "--output_dir", str(folder / run)) for run in ("run1", "run2")
         )

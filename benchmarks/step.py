@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import functions as fn
 import simCLR
@@ -31,11 +30,15 @@ BATCH_SIZE = {"cifar": 256, "imagenet": 512}
 def ours(stem: str, *flags: str, images: int) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "images").mkdir()
-        for i, pixels in enumerate(usual.random_images(images)):
-            Image.fromarray(pixels).save(folder / "images" / f"{i}.bmp")
         command = [sys.executable, "simCLR.py", "--stages", "pretrain", "--epochs", "2", "--stem", stem]
-        where = ["--dataset", folder / "images", "--data_dir", folder, "--output_dir", folder / "run"]
+        where = [
+            "--dataset",
+            usual.save_images(folder / "images", images),
+            "--data_dir",
+            folder,
+            "--output_dir",
+            folder / "run",
+        ]
         size = ["--batch_size", str(BATCH_SIZE[stem])]
         subprocess.run(
             [str(word) for word in [*command, "--accelerator", "cpu", *size, *where, *flags]],

@@ -4,6 +4,7 @@ float32, NT-Xent from masked copies of the similarity matrix, numbers fetched wi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10
 def random_images(n: int, side: int = 32) -> np.ndarray:
     """uint8 (n, side, side, 3), the same in every process."""
     return np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def save_images(folder: Path, n: int) -> Path:
+    """A new folder of n random images, one file each, for a program to read."""
+    folder.mkdir()
+    for i, pixels in enumerate(random_images(n)):
+        Image.fromarray(pixels).save(folder / f"{i}.bmp")
+    return folder
 
 
 def augmentation(side: int = 32) -> Any:
