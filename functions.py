@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import jsonargparse
 import lightning
@@ -34,13 +35,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+STARTED = time.monotonic()
 
 # ------------------------------------------------------------------------------------------------
 # User errors and the command line
@@ -53,6 +59,10 @@ class UserError(Exception):
 
 class Diverged(UserError):
     """The loss is no longer finite."""
+
+
+class TimeIsUp(Exception):
+    """--max_time is over; the run can be resumed."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -82,6 +92,11 @@ class RunConfig:
     resume: str | None = None
     """continue an interrupted run: its folder, or nothing for the newest one"""
 
+    of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
+    """what says nothing about a run's outcome: not in its config.yaml, and free to differ when it is resumed"""
+    may_grow: ClassVar[tuple[str, ...]] = ()
+    """what a resumed run may raise, as all that was done so far would have been done all the same"""
+
     def validate(self) -> None:
         """Check the values that types alone do not (ranges, existing devices). Raises UserError."""
         check(self.dataset != "", "--dataset is empty: name a data set or a folder")
@@ -89,11 +104,16 @@ class RunConfig:
         size = self.image_size
         check(size is None or 4 <= size <= 1024, f"--image_size must be between 4 and 1024 pixels, got {size}")
         resolve_device(self.accelerator)
-        if self.output_dir is not None and self.resume is None:
+        if self.output_dir is not None and self.resume is None and is_first_process():
             check_output_dir(Path(self.output_dir))
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that share a training on several devices: it prints and writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class OneLineParser(jsonargparse.ArgumentParser):
@@ -120,8 +140,8 @@ def make_parser(config_class: type[RunConfig], description: str | None) -> OneLi
 def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str | None = None) -> ConfigT:
     """Turn command-line words into a validated configuration.
 
-    With `--resume`, the configuration is the one that the interrupted run saved; other flags may repeat it, not
-    change it. Raises UserError for anything that is not right; exits 0 after `--help` or `--print_config`.
+    With `--resume`, the configuration is the one that the interrupted run saved; other flags may repeat it, or raise
+    what `may_grow`. Raises UserError for anything that is not right; exits 0 after `--help` or `--print_config`.
     """
     argv = list(argv)
     for i, word in enumerate(argv):  # a bare --resume means the newest run
@@ -139,10 +159,13 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         check_yaml(saved_file)
         saved = parser.parse_args(["--config", str(saved_file)])
         given = parser.parse_args(["--config", str(saved_file), *argv])
-        differing = [k for k in vars(saved) if k not in ("config", "resume", "output_dir") and saved[k] != given[k]]
-        check(
-            not differing, f"--resume {folder}: that run began with another --{' and --'.join(differing)}; leave it out"
-        )
+        same = ("config", *config_class.of_the_session)
+        differing = [k for k in vars(saved) if k not in same and saved[k] != given[k]]
+        wrong = [k for k in differing if k not in config_class.may_grow or saved[k] > given[k]]
+        began = " and ".join(f"--{key} {saved[key]}" for key in wrong)
+        check(not wrong, f"--resume {folder}: that run began with {began}, which must stay: leave it out")
+        for key in differing:
+            print(f"--{key} raised from {saved[key]} to {given[key]}: what was done so far stays valid")
         given.resume, given.output_dir = str(folder), str(folder)
     for field in fields(config_class):
         check(given[field.name] is not None or field.default is None, f"--{field.name} must have a value, not null")
@@ -166,11 +189,15 @@ def check_yaml(file: Path) -> None:
 def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None) -> NoReturn:
     """Run `main(config)` as a program: user errors and Ctrl-C end in one line on stderr, without a traceback."""
     script = Path(sys.argv[0]).name
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
     try:
         main(parse_config(config_class, sys.argv[1:], description))
-    except (UserError, OSError) as error:  # an OSError names its file: a full disk, a folder that may not be read
+    except (UserError, OSError) as error:  # an OSError names its file, such as a folder that may not be read
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except TimeIsUp as time_is_up:
+        print(f"--max_time is over; {time_is_up}")
     except KeyboardInterrupt as interrupt:
         how = interrupt.args[0] if interrupt.args else "nothing was saved yet"
         print(f"\n{script}: interrupted; {how}", file=sys.stderr)
@@ -190,8 +217,44 @@ def newest_run(script: str, runs: Path = Path("runs")) -> Path:
     return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.rglob("*")))
 
 
+def finished(config: RunConfig) -> bool:
+    """Whether `config` resumes a run that had come to its end; says so."""
+    folder = Path(config.resume or "")
+    if config.resume is None or not (folder / "results.json").is_file():
+        return False
+    unchanged = (folder / "config.yaml").read_text() == as_yaml(config)
+    if unchanged:
+        print(f"{folder} is finished: its results are in {folder}/results.json")
+    return unchanged
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Keep other processes that ask for it too out of `folder`, until this one leaves the block or ends in any way.
+
+    Raises BlockingIOError if another is there and `wait` is false. Where a file system knows no locks, there is none.
+    """
+    handle = None
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all: aside, synced to disk, then renamed over the old one."""
+    """Write a file whole or not at all: aside, synced to disk, then renamed over the old one. Raises UserError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
@@ -199,6 +262,9 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:  # which does not name the file when the disk is full
+        problem = f"{path} could not be written ({error.strerror}); what was written before is whole"
+        raise UserError(f"{problem}: make room there, then go on with --resume") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -212,21 +278,33 @@ def save_torch(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def run_folder(config: RunConfig) -> Iterator[Path]:
-    """Make (or, when resuming, reopen) the run's folder with its config.yaml; a Ctrl-C inside says how to resume.
+    """Make (or, when resuming, reopen) the run's folder with its config.yaml; an end before time says how to resume.
 
-    Raises UserError when the folder cannot be made or already holds something.
+    Raises UserError when the folder cannot be made, already holds something, or is another process's.
     """
     script = Path(sys.argv[0]).stem
-    if config.resume is not None:
-        folder = Path(config.resume)
-    else:
-        folder = _new_folder(script, config)
+    if not is_first_process():
+        yield Path(config.resume or config.output_dir or "")
+        return
+    folder = Path(config.resume) if config.resume else _new_folder(script, config)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise UserError(f"--resume {folder}: another process is at work there; wait for it, or stop it") from None
+        for leftover in folder.rglob(".*.part"):  # of a process killed while it wrote
+            leftover.unlink()
+        (folder / "results.json").unlink(missing_ok=True)  # of an end that is one no more
         save_config(folder / "config.yaml", config)
-    print(f"writing to {folder}")
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with: python {script}.py --resume {folder}") from None
+        print(f"writing to {folder}")
+        sys.argv[1:] = ["--resume", str(folder)]  # how Lightning is to start the processes of further devices
+        how = f"continue with: python {script}.py --resume {folder}"
+        try:
+            yield folder
+        except TimeIsUp:
+            raise TimeIsUp(how) from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how) from None
 
 
 def _new_folder(script: str, config: RunConfig) -> Path:
@@ -249,18 +327,22 @@ def check_output_dir(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usable = existing.is_dir() and os.access(existing, os.W_OK)
     check(usable, f"--output_dir {folder} cannot be made or written to (because of {existing}): take another folder")
-    full = folder.is_dir() and any(folder.iterdir())
+    full = folder.is_dir() and any(not path.name.endswith(".part") for path in folder.iterdir())
     check(not full, f"--output_dir {folder} is not empty: take a new folder, or go on with --resume {folder}")
 
 
-def save_config(file: Path, config: RunConfig) -> None:
-    """Write a configuration as the YAML that `--config` reads; where the run wrote and resumed is not part of it."""
-    values = {**asdict(config), "output_dir": None, "resume": None}
+def as_yaml(config: RunConfig) -> str:
+    """A configuration as the YAML that `--config` reads, without what is of one session only."""
+    values = {key: None if key in config.of_the_session else value for key, value in asdict(config).items()}
     plain = {
         k: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else yaml.safe_dump(v) for k, v in values.items()
     }
-    lines = [f"{key}: {text.splitlines()[0]}\n" for key, text in plain.items()]
-    write_atomically(file, "".join(lines).encode())
+    return "".join(f"{key}: {text.splitlines()[0]}\n" for key, text in plain.items())
+
+
+def save_config(file: Path, config: RunConfig) -> None:
+    """Write a configuration as the YAML that `--config` reads."""
+    write_atomically(file, as_yaml(config).encode())
 
 
 def start_record(config: RunConfig) -> dict[str, Any]:
@@ -338,7 +420,8 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     if name == "digits":
         return _load_digits()
     if name in ("cifar10", "cifar100", "stl10"):
-        return _load_torchvision(name, Path(data_dir))
+        with locked(Path(data_dir)):  # two processes must not download it at once
+            return _load_torchvision(name, Path(data_dir))
     check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of cifar10, cifar100, stl10, digits")
     return _load_folder(Path(name), Path(data_dir), image_size or 32)
 
@@ -442,8 +525,8 @@ def _decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tenso
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_torch(cache, images)
-    except OSError as error:
-        print(f"note: the decoded images could not be kept in {cache} ({error.strerror})", file=sys.stderr)
+    except (OSError, UserError) as error:
+        print(f"note: the decoded images are not kept for the next run ({error})", file=sys.stderr)
     return images
 
 
@@ -530,22 +613,34 @@ class Batches:
 
     Yields tuples of tensors (B, ...). With a `seed`, the order is a new permutation in every epoch, decided by
     (seed, epoch) alone, so that a resumed run sees what an uninterrupted one would have seen.
+
+    Of `ranks` processes, each sees its own `batch_size` of every ranks * batch_size images of that order (`drop_last`
+    then, so that all have a share): together they see what one process with the larger batch would have seen.
     """
 
-    def __init__(self, *tensors: Tensor, batch_size: int, seed: int | None = None, drop_last: bool = False) -> None:
-        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
-        self.epoch = 0
+    def __init__(
+        self, *tensors: Tensor, batch_size: int, seed: int | None = None, drop_last: bool = False, ranks: int = 1
+    ) -> None:
+        self.tensors, self.batch_size, self.seed, self.drop_last, self.ranks = (
+            tensors,
+            batch_size,
+            seed,
+            drop_last,
+            ranks,
+        )
+        self.epoch = self.rank = 0
 
     def __len__(self) -> int:
-        n = len(self.tensors[0])
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        n, step = len(self.tensors[0]), self.batch_size * self.ranks
+        return n // step if self.drop_last else -(-n // step)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         n = len(self.tensors[0])
         if self.seed is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
             order = torch.randperm(n, generator=generator).to(self.tensors[0].device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for step in range(len(self)):
+            start = (step * self.ranks + self.rank) * self.batch_size
             stop = min(start + self.batch_size, n)
             if self.seed is None:
                 yield tuple(tensor[start:stop] for tensor in self.tensors)
@@ -693,12 +788,22 @@ def newest_sound(checkpoint: Path) -> Path | None:
     there = [path for path in (checkpoint, previous(checkpoint)) if path.is_file()]
     for path in there:
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
-            return path
-        except Exception:  # a damaged file can fail in many ways
-            print(f"warning: {path} is damaged", file=sys.stderr)
+            load_checkpoint(path)
+        except UserError:
+            continue
+        if path != there[0]:
+            print(f"warning: {there[0]} is damaged; going on from {path}", file=sys.stderr)
+        return path
     check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; start afresh, without --resume")
     return None
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """Read a checkpoint as data, on the CPU: one that holds code is refused. Raises UserError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can fail in many ways
+        raise UserError(f"{file} is damaged, or no checkpoint of plain data: take another, or start afresh") from None
 
 
 class Checkpoints(Checkpoint):
@@ -727,7 +832,26 @@ class EpochSeed(Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         torch.manual_seed(mix_seed(self.seed, trainer.current_epoch, trainer.global_rank))
         assert isinstance(trainer.train_dataloader, Batches)
-        trainer.train_dataloader.epoch = trainer.current_epoch
+        trainer.train_dataloader.epoch, trainer.train_dataloader.rank = trainer.current_epoch, trainer.global_rank
+
+
+class TimeLimit(Callback):
+    """--max_time, counted from the start of the program: training ends after the last epoch that fits, and is saved."""
+
+    def __init__(self, max_time: str, log: EpochLog) -> None:
+        self.end, self.epoch_log = STARTED + parse_duration(max_time), log
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        fits = time.monotonic() + self.epoch_log.rows[-1]["seconds"] < self.end
+        trainer.should_stop = trainer.strategy.broadcast(not fits)  # the first process decides for all
+
+
+def parse_duration(max_time: str) -> float:
+    """Seconds of a duration in Lightning's format, DD:HH:MM:SS. Raises UserError."""
+    try:
+        return Timer(max_time).time_remaining() or 0.0
+    except (ValueError, MisconfigurationException):
+        raise UserError(f"--max_time {max_time}: give days, hours, minutes and seconds as DD:HH:MM:SS") from None
 
 
 class EpochLog(Callback):
@@ -755,17 +879,40 @@ class EpochLog(Callback):
         self.means: dict[str, float] = {}
         self.images = 0
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.to_check: list[tuple[int, float, Tensor]] = []  # step, its learning rate, its loss
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.step_rate = trainer.optimizers[0].param_groups[0]["lr"]  # before the step's schedule changes it
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # The loss of the step before: a GPU has it ready, while it is still at work on this one.
+        self.check_finite(trainer)
+        self.to_check.append((trainer.global_step, self.step_rate, outputs["loss"].detach()))
         n = len(batch[0])
         for name, value in outputs.items():  # what training_step returned; `self.log` there costs a tenth of a step
             self.sums[name] = self.sums.get(name, 0) + n * value.detach()
         self.images += n
         if batch_idx + 1 == trainer.num_training_batches:  # to fetch the sums is to wait for the GPU
-            self.means = {f"train_{name}": float(total) / self.images for name, total in self.sums.items()}
+            self.check_finite(trainer)
+            self.means = {
+                f"train_{name}": float(trainer.strategy.reduce(total, reduce_op="mean")) / self.images
+                for name, total in self.sums.items()
+            }
         self.training_end = time.perf_counter()
+
+    def check_finite(self, trainer: lightning.Trainer) -> None:
+        """Raise Diverged if a loss that was kept for it is not finite."""
+        while self.to_check:
+            step, rate, loss = self.to_check.pop()
+            if not math.isfinite(loss):
+                self.diverged(trainer, f"step {step}, learning rate {rate:g}")
+
+    def diverged(self, trainer: lightning.Trainer, where: str) -> NoReturn:
+        saved = self.file.with_name("checkpoints") / "last.ckpt" if self.file and self.rows else "none"
+        where = f"epoch {trainer.current_epoch + 1}, {where}"
+        raise Diverged(f"the loss is not finite ({where}): lower --learning_rate; last good checkpoint: {saved}")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
@@ -775,17 +922,15 @@ class EpochLog(Callback):
             **self.means,
             **held_out,
             "learning_rate": self.learning_rate,
-            "images_per_second": round(self.images / (self.training_end - self.start), 1),
+            "images_per_second": round(trainer.world_size * self.images / (self.training_end - self.start), 1),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
-        if not all(np.isfinite(value) for value in row.values()):
-            saved = self.file.with_name("checkpoints") / "last.ckpt" if self.file and self.rows else "none"
-            where = f"epoch {row['epoch']}, step {trainer.global_step}, learning rate {self.learning_rate:g}"
-            raise Diverged(f"the loss is not finite ({where}): lower --learning_rate; last good checkpoint: {saved}")
+        if not all(math.isfinite(value) for value in row.values()):  # of the held-out images
+            self.diverged(trainer, f"step {trainer.global_step}, learning rate {self.learning_rate:g}")
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["epoch"]))
-        if self.file is not None:
+        if self.file is not None and trainer.is_global_zero:
             write_csv(self.file, self.rows)
         if not self.quiet:
             pl_module.print(self._line(row, trainer.max_epochs or 0))  # above the progress bar, if there is one
@@ -840,11 +985,15 @@ def make_trainer(
     folder: Path | None = None,
     log: EpochLog | None = None,
     checkpoint: Checkpoints | None = None,
+    max_time: str | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
     **options: Any,
 ) -> lightning.Trainer:
     """A Lightning trainer that is quiet, seeded per epoch, and writes into `folder` (TensorBoard) if it is given.
 
     Progress bar on a terminal only; the epoch lines come from `log`. `options` are further ones of Lightning's Trainer.
+    Several devices train by DDP, one process each; on GPUs, BatchNorm then sees the batches of all.
     """
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -852,14 +1001,21 @@ def make_trainer(
     device = resolve_device(config.accelerator)
     prepare_device(config)
     on_terminal = sys.stdout.isatty() and not (log and log.quiet)
-    extra = [log, checkpoint, ProgressBar(leave=False) if on_terminal else None]
+    limit = TimeLimit(max_time, log) if max_time and log else None
+    extra = [log, limit, checkpoint, ProgressBar(leave=False) if on_terminal else None]
+    several = devices * num_nodes > 1
     return lightning.Trainer(
         accelerator=device,
-        devices=1,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy="ddp" if several else "auto",
+        sync_batchnorm=several and device == "cuda",
+        use_distributed_sampler=False,  # Batches knows each rank's share
         precision="bf16-mixed" if resolve_precision(config.precision, device) == "bf16" else "32-true",
         max_epochs=epochs,
         callbacks=[EpochSeed(config.seed), *callbacks, *(callback for callback in extra if callback is not None)],
-        plugins=[SafeCheckpoints()],
+        # LightningEnvironment: a training on one device is one, also inside a SLURM job or torchrun.
+        plugins=[SafeCheckpoints(), *([] if several else [LightningEnvironment()])],
         logger=TensorBoardLogger(folder, name="", version="tensorboard") if folder else False,
         enable_checkpointing=checkpoint is not None,
         enable_progress_bar=on_terminal,
@@ -878,13 +1034,25 @@ def quiet_libraries() -> None:
 
 
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
-    """`trainer.fit`, from `checkpoint` if it is there. Ctrl-C stays KeyboardInterrupt, where Lightning exits."""
+    """`trainer.fit`, from `checkpoint` if it is there. Ctrl-C stays KeyboardInterrupt, where Lightning exits.
+
+    Of several processes, all but the first end here. Raises TimeIsUp when --max_time ended the training, UserError
+    when it diverged, and when another process of it was lost.
+    """
     try:
         trainer.fit(module, ckpt_path=newest_sound(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit:
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
+    except RuntimeError as error:
+        if trainer.world_size > 1 and "closed by peer" in str(error):
+            raise UserError("another process of this training was lost: go on with --resume") from None
+        raise
+    if not trainer.is_global_zero:
+        sys.exit(0)
+    if trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
+        raise TimeIsUp
 
 
 class Classification(lightning.LightningModule):

@@ -65,6 +65,10 @@ class Config(RunConfig):
     """share of each class's training images held out, to choose the epoch and the learning rate's fall"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast: about twice as fast for the LSTM on CPUs with AMX"""
+    max_time: str | None = None
+    """end after the last epoch that fits into DD:HH:MM:SS, to go on later with --resume"""
+
+    may_grow = ("epochs",)  # the learning rate falls when the validation loss says so, however many epochs there are
 
     def validate(self) -> None:
         super().validate()
@@ -78,6 +82,8 @@ class Config(RunConfig):
         check(self.patience >= 0, f"--patience must be 0 or more, got {self.patience}")
         fraction = self.validation_fraction
         check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
+        if self.max_time is not None:
+            fn.parse_duration(self.max_time)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -205,10 +211,11 @@ def train(
         return module, log
     log = EpochLog(folder / "metrics.csv")
     checkpoint = fn.Checkpoints(folder / "checkpoints", log, best="validation_accuracy")
-    trainer = fn.make_trainer(config, config.epochs, callbacks, folder=folder, log=log, checkpoint=checkpoint)
+    trainer = fn.make_trainer(
+        config, config.epochs, callbacks, folder=folder, log=log, checkpoint=checkpoint, max_time=config.max_time
+    )
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
-    best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
+    module.load_state_dict(fn.load_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"])
     return module, log
 
 
@@ -255,6 +262,8 @@ def print_table(cells: dict[str, dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> None:
+    if fn.finished(config):
+        return
     record = fn.start_record(config)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     splits = split(data, config)
