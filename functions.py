@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -126,6 +126,12 @@ class OneLineParser(jsonargparse.ArgumentParser):
         message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
         message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
         raise UserError(" ".join(message.split()))
+
+
+def launched_from_outside() -> bool:
+    """Whether torchrun or SLURM has started this process as one of several."""
+    environment = next((e for e in (TorchElasticEnvironment, SLURMEnvironment) if e.detect()), None)
+    return environment is not None and environment().world_size() > 1
 
 
 def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
@@ -234,23 +240,21 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
     Raises BlockingIOError if another is there and `wait` is false. Where a file system knows no locks, there is none.
     """
-    handle = None
-    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl
-        import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl  # not on Windows
 
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except (ImportError, OSError):
+        pass
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -264,7 +268,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         os.replace(aside, path)
     except OSError as error:  # which does not name the file when the disk is full
         problem = f"{path} could not be written ({error.strerror}); what was written before is whole"
-        raise UserError(f"{problem}: make room there, then go on with --resume") from None
+        raise UserError(f"{problem}: make room or give access there, then go on with --resume") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -1030,7 +1034,8 @@ def quiet_libraries() -> None:
     """Silence, at their cause, the messages that a user can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and which accelerators were found
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's use of PyTorch
+    for deprecated in ("LeafSpec", "all_gather"):  # Lightning's use of PyTorch
+        warnings.filterwarnings("ignore", message=f".*{deprecated}.*is deprecated")
 
 
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:

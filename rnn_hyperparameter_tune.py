@@ -7,6 +7,7 @@ stay unseen.
     python rnn_hyperparameter_tune.py                                 # CIFAR-10, 100 trials of at most 10 epochs
     python rnn_hyperparameter_tune.py --dataset digits --n_trials 20  # no download, a minute
     python rnn_hyperparameter_tune.py --resume                        # continue the newest study
+    python rnn_hyperparameter_tune.py --storage postgresql+psycopg://HOST/DATABASE  # a worker of a shared study
     python rnn.py --config runs/.../best_config.yaml                  # train what it found in full
 """
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import gc
 import math
+import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +42,7 @@ class Config(RunConfig):
     cell: Literal["rnn", "lstm", "gru"] = "rnn"
     """kind of recurrent layer"""
     n_trials: int = 100
-    """trials in all; a resumed study runs those that are missing"""
+    """trials in all, of all workers together; a resumed study runs those that are missing"""
     epochs: int = 10
     """most epochs a trial may train"""
     validation_fraction: float = 0.1
@@ -47,14 +50,20 @@ class Config(RunConfig):
     timeout: float | None = None
     """start no new trial after this many seconds"""
     storage: str | None = None
-    """database URL of the study; unless given, SQLite in the run folder"""
+    """URL of a database that several workers share, each started with this command; unless given, SQLite in the run
+    folder"""
     study_name: str = "rnn"
     """name of the study in the database"""
+    heartbeat: int = 60
+    """seconds after which a worker of a shared study that gives no sign of life counts as dead; its trial is retried"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast, which gains nothing for steps as small as these"""
 
+    may_grow = ("n_trials",)
+
     def validate(self) -> None:
         super().validate()
+        check(self.heartbeat >= 2, f"--heartbeat must be at least 2 seconds, got {self.heartbeat}")
         check(self.n_trials >= 1, f"--n_trials must be at least 1, got {self.n_trials}")
         check(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
         fraction = self.validation_fraction
@@ -94,68 +103,160 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
 
 
 def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
-    """Train the trial's configuration; returns its lowest validation loss. A trial that diverges counts as pruned."""
+    """Train the trial's configuration; returns its lowest validation loss. A trial that diverges counts as pruned.
+
+    What fails in itself (out of memory, say) is noted as the trial's error: it is not tried again.
+    """
     import optuna
     from optuna_integration import PyTorchLightningPruningCallback
 
+    if place_in_study(trial.study, trial.number) >= config.n_trials:
+        raise Superfluous  # several workers took up the last trial at the same moment
+    drawn = suggest(trial, config)
+    trial.set_user_attr("drawn", True)
     try:
         _, log = rnn.train(
-            suggest(trial, config),
+            drawn,
             config.cell,
             splits,
             callbacks=[PyTorchLightningPruningCallback(trial, monitor="validation_loss")],
         )
     except fn.Diverged as diverged:
         raise optuna.TrialPruned(str(diverged)) from None
+    except RuntimeError as error:
+        trial.set_user_attr("error", str(error))
+        raise
     finally:
         gc.collect()  # Lightning's objects refer to each other: let a trial's memory go before the next
     return min(row["validation_loss"] for row in log.rows)
 
 
+class Superfluous(Exception):
+    """A trial beyond --n_trials."""
+
+
+def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """TPE whose draws follow from the seed, the trial's place in the study and the trials before it.
+
+    So a study that was interrupted and resumed draws what it would have drawn.
+    """
+    import optuna
+
+    class Sampler(optuna.samplers.TPESampler):
+        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            super().__init__(seed=fn.mix_seed(seed, place_in_study(study, trial.number)) % 2**32)
+            super().before_trial(study, trial)
+
+    return Sampler()
+
+
+def was_interrupted(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial ended without an outcome and without an error of its own: another takes its place."""
+    return trial.state.name == "FAIL" and "error" not in trial.user_attrs
+
+
+def counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The study's trials, of all workers, finished or not, but for those that were interrupted."""
+    return [trial for trial in study.get_trials(deepcopy=False) if not was_interrupted(trial)]
+
+
+def place_in_study(study: optuna.Study, number: int) -> int:
+    """How many trials came before this one, interrupted ones not counted."""
+    return sum(trial.number < number for trial in counted(study))
+
+
+def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Queue an interrupted trial's configuration again, if it had got so far as to have one."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    if "drawn" in trial.user_attrs:
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
 def open_study(config: Config, folder: Path) -> optuna.Study:
-    """The study in its database, made if it is not there. Raises UserError when the database cannot be used."""
+    """The study in its database, made if it is not there. Raises UserError when it cannot be used or is of other data.
+
+    A shared study's workers give signs of life (heartbeats); when one's cease, another worker retries its trial.
+    """
     import optuna
 
     url = config.storage or f"sqlite:///{folder / 'study.db'}"
     try:
-        study = optuna.create_study(
-            storage=url, study_name=config.study_name, load_if_exists=True, direction="minimize"
+        storage = optuna.storages.RDBStorage(
+            url,
+            heartbeat_interval=max(1, config.heartbeat // 4) if config.storage else None,
+            grace_period=config.heartbeat if config.storage else None,
+            heartbeat_stale_trial_callback=retry if config.storage else None,
         )
-        drawn = len(study.get_trials(deepcopy=False))
+        study = optuna.create_study(
+            storage=storage, study_name=config.study_name, load_if_exists=True, direction="minimize"
+        )
+        claim(study, config)
+    except fn.UserError:
+        raise
     except Exception as error:  # whatever the database's driver raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise fn.UserError(f"--storage {url} cannot be opened ({reason}): check the URL") from None
-    study.sampler = optuna.samplers.TPESampler(seed=fn.mix_seed(config.seed, drawn) % 2**32)  # no draw is repeated
+    study.sampler = make_sampler(config.seed)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    if not config.storage:  # nobody else can be at work on it: what seems to run was killed
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     return study
+
+
+def claim(study: optuna.Study, config: Config) -> None:
+    """Note what the study is about, or, if that is noted already, raise UserError where it is something else."""
+    about = {key: getattr(config, key) for key in ("dataset", "image_size", "cell", "epochs", "validation_fraction")}
+    noted = study.user_attrs.get("about")
+    if noted is None:
+        study.set_user_attr("about", about)
+        return
+    other = [f"--{key} {noted.get(key)}" for key in about if noted.get(key) != about[key]]
+    check(not other, f"--study_name {config.study_name} has trials with {', '.join(other)}: name another study")
 
 
 def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> None:
     """One line per finished trial."""
-    from optuna.trial import TrialState
-
-    done = f"trial {trial.number + 1:>{len(str(n_trials))}}/{n_trials}"
+    if was_interrupted(trial):
+        return
+    done = f"trial {place_in_study(study, trial.number) + 1:>{len(str(n_trials))}}/{n_trials}"
     epochs, state = len(trial.intermediate_values), trial.state.name.lower()
     outcome = f"loss {trial.value:.4f}" if trial.value is not None else "loss   -   "
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    best = f"best {study.best_value:.4f} (trial {study.best_trial.number + 1})" if complete else "none complete yet"
+    if "error" in trial.user_attrs:
+        outcome = " ".join(trial.user_attrs["error"].split())[:60]
+    complete = [t for t in counted(study) if t.state.name == "COMPLETE"]
+    best = "none complete yet"
+    if complete:
+        best = f"best {study.best_value:.4f} (trial {place_in_study(study, study.best_trial.number) + 1})"
     drawn = "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
     print(f"{done}  {state:8}  {epochs:2} epochs  {outcome}  {best}  | {drawn}", flush=True)
 
 
 def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
-    """Run the trials that are missing from the study, one after the other."""
-    from optuna.trial import TrialState
+    """Run the trials that are missing, one after the other; those that other workers have begun are waited for."""
+    import optuna
 
-    finished = (TrialState.COMPLETE, TrialState.PRUNED)  # a trial that was interrupted is made up for
-    missing = config.n_trials - len(study.get_trials(deepcopy=False, states=finished))
-    if missing > 0:
-        study.optimize(
-            lambda trial: objective(trial, splits, config),
-            n_trials=missing,
-            timeout=config.timeout,
-            callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
-        )
+    deadline = time.monotonic() + (config.timeout or math.inf)
+    waiting = False
+    while time.monotonic() < deadline:
+        states = [trial.state.name for trial in counted(study)]
+        if "WAITING" in states or len(states) < config.n_trials:
+            study.optimize(
+                lambda trial: objective(trial, splits, config),
+                n_trials=1,
+                callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
+                catch=(RuntimeError, Superfluous),
+            )
+        elif "RUNNING" not in states:
+            print(f"all {config.n_trials} trials are done")
+            return
+        else:
+            if not waiting:
+                print(f"waiting for other workers: {states.count('RUNNING')} trials", flush=True)
+            waiting = True
+            time.sleep(1)
+            optuna.storages.fail_stale_trials(study)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,8 +271,6 @@ def best_config(study: optuna.Study, config: Config) -> rnn.Config:
 
 def plot_study(study: optuna.Study, folder: Path) -> None:
     """Optuna's own figures: the best value over the trials, and how much each hyperparameter mattered."""
-    import warnings
-
     from optuna.visualization import matplotlib as plots
 
     complete = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
@@ -191,7 +290,7 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
     """Print the best trial, write best_config.yaml; returns results.json's part."""
     from optuna.trial import TrialState
 
-    trials = study.get_trials(deepcopy=False)
+    trials = counted(study)
     count = {state: sum(t.state == state for t in trials) for state in TrialState}
     outcome: dict[str, Any] = {
         "trials": len(trials),
@@ -217,6 +316,7 @@ def main(config: Config) -> None:
 
     record = fn.start_record(config)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     first = rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2)
     splits = rnn.split(data, first)  # the same for every trial

@@ -17,8 +17,11 @@ Measured (results/digits): with 7 labels per class, k-NN on h reaches 93.9 %, on
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +58,8 @@ class Config(RunConfig):
     """f(.), the base encoder (the paper: resnet50)"""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """first layers: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is torchvision's own"""
+    norm: Literal["batch", "group"] = "batch"
+    """BatchNorm as in the paper, or GroupNorm (32 groups), for which no image depends on the others of its batch"""
     hidden_dim: int = 512
     """width of the projection head's hidden layer"""
     embedding_dim: int = 128
@@ -79,13 +84,21 @@ class Config(RunConfig):
     epochs: int = 300
     """passes over the images in pretraining"""
     batch_size: int = 512
-    """N, images per batch: each view sees 2(N - 1) negatives"""
+    """N, images per batch and device: each view sees 2(N - 1) negatives, N counted over all devices"""
+    micro_batch_size: int | None = None
+    """images that are in memory at once (all of the batch unless given): the same gradient, a third more arithmetic"""
+    devices: int = 1
+    """GPUs (or processes, on the CPU) of this machine to train on"""
+    num_nodes: int = 1
+    """machines to train on, each with that many devices"""
+    max_time: str | None = None
+    """end pretraining after the last epoch that fits into DD:HH:MM:SS, to go on later with --resume"""
     temperature: float = 0.5
     """tau in NT-Xent"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """sgd with momentum 0.9, or adam (the paper: LARS, which matters for batches above 4096)"""
     learning_rate: float | None = None
-    """for a batch of 256, unless given 0.06 for sgd and 0.001 for adam; used is learning_rate * batch_size / 256"""
+    """for a batch of 256, unless given 0.06 for sgd and 0.001 for adam; used is learning_rate * N / 256"""
     weight_decay: float = 5e-4
     """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
     warmup_epochs: int = 10
@@ -110,7 +123,8 @@ class Config(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        for flag in ("epochs", "hidden_dim", "embedding_dim", "knn_every", "knn_k", "probe_epochs"):
+        counts = ("epochs", "hidden_dim", "embedding_dim", "knn_every", "knn_k", "probe_epochs", "devices", "num_nodes")
+        for flag in counts:
             check(getattr(self, flag) >= 1, f"--{flag} must be at least 1, got {getattr(self, flag)}")
         for flag in ("batch_size", "probe_batch_size"):
             check(getattr(self, flag) >= 2, f"--{flag} must be at least 2, got {getattr(self, flag)}")
@@ -127,6 +141,7 @@ class Config(RunConfig):
             0 <= self.jitter_strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {self.jitter_strength}"
         )
         crop_schedule(self.crop_size)
+        self.validate_devices()
         if "pretrain" not in self.stages_list:
             check(self.checkpoint is not None, f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)")
             check(Path(self.checkpoint or "").is_file(), f"--checkpoint {self.checkpoint}: no such file")
@@ -135,6 +150,25 @@ class Config(RunConfig):
                 self.checkpoint is None,
                 "--checkpoint is for stages after pretrain: leave it out, or pretrain out of --stages",
             )
+
+    def validate_devices(self) -> None:
+        """Check what concerns several devices, micro-batches and time. Raises UserError."""
+        if self.micro_batch_size is not None:
+            wanted = f"--micro_batch_size must be from 2 to --batch_size {self.batch_size}, got {self.micro_batch_size}"
+            check(2 <= self.micro_batch_size <= self.batch_size, wanted)
+        if self.max_time is not None:
+            fn.parse_duration(self.max_time)
+        device = fn.resolve_device(self.accelerator)
+        here = torch.cuda.device_count() if device == "cuda" else (1 if device == "mps" else os.cpu_count() or 1)
+        check(self.devices <= here, f"--devices {self.devices}: this machine has {here} for --accelerator {device}")
+        if fn.launched_from_outside():
+            named = self.output_dir is not None or self.resume is not None
+            check(named, "--output_dir must be given: the processes of several nodes have to agree on the run's folder")
+
+    @property
+    def effective_batch_size(self) -> int:
+        """N over all devices."""
+        return self.batch_size * self.devices * self.num_nodes
 
     @property
     def base_learning_rate(self) -> float:
@@ -382,18 +416,27 @@ class PatchConvolution(torch.autograd.Function):
         return grad_x, grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2), None
 
 
-def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Module, int]:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or fewer where they do not divide the channels: statistics of one image alone."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+
+
+def build_encoder(name: str = "resnet18", stem: str = "cifar", norm: str = "batch") -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier, images (B, 3, H, W) -> h (B, feature_dim).
 
     The cifar stem replaces the 7x7 stride-2 convolution and max-pool by a 3x3 stride-1 convolution (Appendix B.9).
-    Raises UserError for an unknown name or stem.
+    norm: batch, or group for GroupNorm (Wu & He 2018, arXiv 1803.08494). Raises UserError for an unknown one of them.
     """
     from torchvision import models
 
     known = {"resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50}
     check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
     check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
-    encoder: Any = known[name](weights=None)
+    check(norm in NORMS, f"--norm {norm} is unknown; choose batch or group")
+    encoder: Any = known[name](weights=None, norm_layer=NORMS[norm])
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":
@@ -409,12 +452,14 @@ def build_encoder(name: str = "resnet18", stem: str = "cifar") -> tuple[nn.Modul
 class SimCLRModel(nn.Module):
     """z = g(f(x)): images (B, 3, H, W) -> embeddings (B, embedding_dim). Evaluation uses h = f(x) (Section 4.2)."""
 
-    def __init__(self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 512, embedding_dim: int = 128) -> None:
+    def __init__(
+        self, encoder: nn.Module, feature_dim: int, hidden_dim: int = 512, embedding_dim: int = 128, norm: str = "batch"
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projection_head = nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim, bias=False),  # BatchNorm's own bias follows
-            nn.BatchNorm1d(hidden_dim),
+            nn.Linear(feature_dim, hidden_dim, bias=False),  # the normalisation has a bias of its own
+            nn.BatchNorm1d(hidden_dim) if norm == "batch" else group_norm(hidden_dim),
             nn.ReLU(inplace=True),
             nn.Linear(hidden_dim, embedding_dim),
         )
@@ -444,12 +489,18 @@ class Pretraining(lightning.LightningModule):
     """Algorithm 1 on unlabelled images, with a k-NN check on labelled training images (`monitor`) when there are any.
 
     monitor: (bank images, bank labels, query images, query labels, number of classes), all from the training set.
+
+    With micro_batch_size, a batch of any size takes the memory of a small one, by gradient caching (Gao et al. 2021,
+    arXiv 2101.06983): `training_step` embeds one micro-batch after the other without keeping what backward needs, and
+    takes the loss of all embeddings together; `backward` has the loss's gradient with respect to each embedding, and
+    embeds each micro-batch once more to carry it on to the weights. Splitting the loss itself would lose negatives.
     """
 
     def __init__(self, model: SimCLRModel, images: Tensor, monitor: tuple[Any, ...] | None, config: Config) -> None:
         super().__init__()
         self.model, self.config, self.monitor = model, config, monitor
-        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True)
+        ranks = config.devices * config.num_nodes
+        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True, ranks=ranks)
         self.normalize = fn.Normalize(images)
         self.crop_sizes = crop_schedule(config.crop_size)
         self.features: list[Tensor] = []
@@ -459,11 +510,57 @@ class Pretraining(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> dict[str, Tensor]:
         (images,) = batch  # uint8 (N, 3, H, W)
+        z = self.embed_two_views(images) if self.config.micro_batch_size is None else self.embed_micro_batches(images)
+        return {"loss": nt_xent_loss(self.gather(z), self.config.temperature)}
+
+    def gather(self, z: Tensor) -> Tensor:
+        """The embeddings of all devices: (2N, D) of each -> (2N * devices, D), where rows i and i + half are a pair.
+
+        Gathered with gradient: every device takes the loss of the whole batch, with negatives from all devices, and
+        DDP's mean over the devices is then its gradient.
+        """
+        everywhere: Any = self.all_gather(z, sync_grads=True)  # (devices, 2N, D)
+        return everywhere.view(-1, 2, len(z) // 2, z.shape[1]).transpose(0, 1).reshape(-1, z.shape[1])
+
+    def embed_two_views(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> z (2N, embedding_dim), of two views drawn at random."""
         done = self.global_step / (self.config.epochs * len(self.batches))
         size = next(side for side, share in self.crop_sizes if done < share)
         views = self.normalize(two_views(images, self.config, size))  # (2N, 3, size, size)
-        z = self.model(views.contiguous(memory_format=torch.channels_last))  # (2N, embedding_dim)
-        return {"loss": nt_xent_loss(z, self.config.temperature)}
+        return self.model(views.contiguous(memory_format=torch.channels_last))
+
+    def embed_micro_batches(self, images: Tensor) -> Tensor:
+        """The same, in micro-batches and without a graph: z is a leaf, whose gradient `backward` carries on."""
+        self.micro_batches = images.split(self.config.micro_batch_size or len(images))
+        with torch.no_grad(), frozen_statistics(self.model):
+            pairs = [
+                self.embed_micro_batch(i).view(2, -1, self.config.embedding_dim) for i in range(len(self.micro_batches))
+            ]
+        self.z = torch.cat(pairs, dim=1).flatten(0, 1).requires_grad_()  # rows i and i + N are a pair
+        return self.z
+
+    def embed_micro_batch(self, i: int) -> Tensor:
+        """Views of micro-batch i, the same each time: they are drawn anew from their seed, not stored."""
+        torch.manual_seed(fn.mix_seed(self.config.seed, self.global_step, self.global_rank, i))
+        return self.embed_two_views(self.micro_batches[i])
+
+    def backward(self, loss: Tensor) -> None:
+        """From the loss to the gradient of the weights; Lightning calls it between training_step and the optimizer."""
+        loss.backward()
+        if self.config.micro_batch_size is None:
+            return
+        parameters = list(self.model.parameters())
+        assert self.z.grad is not None
+        gradients = self.z.grad.view(2, -1, self.config.embedding_dim).split(self.config.micro_batch_size, dim=1)
+        last = len(gradients) - 1
+        for i, gradient in enumerate(gradients):
+            with self.trainer.precision_plugin.forward_context():
+                z = self.embed_micro_batch(i)
+            if i == last:  # the one that DDP may see: here it averages over the devices what all have added up to
+                z.backward(gradient.flatten(0, 1))
+                return
+            for p, g in zip(parameters, torch.autograd.grad(z, parameters, gradient.flatten(0, 1)), strict=True):
+                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).add_(g)  # in the memory layout of p
 
     def val_dataloader(self) -> Batches:
         assert self.monitor is not None
@@ -480,7 +577,7 @@ class Pretraining(lightning.LightningModule):
         self.features.clear()
         k, tau = self.config.knn_k, self.config.knn_temperature
         predicted = fn.knn_predict(h[len(bank) :], h[: len(bank)], labels.to(h.device), num_classes, k, tau)
-        self.log("knn_accuracy", fn.accuracy(predicted.cpu(), query_labels), logger=False)
+        self.log("knn_accuracy", fn.accuracy(predicted.cpu(), query_labels), logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -500,9 +597,22 @@ class Pretraining(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by its batch but leaves its running statistics alone: a second pass will update them."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
 def actual_learning_rate(config: Config) -> float:
-    """The paper's linear scaling rule (Section 2.3): learning_rate * batch_size / 256."""
-    return config.base_learning_rate * config.batch_size / 256
+    """The paper's linear scaling rule (Section 2.3): learning_rate * N / 256, N the batch over all devices."""
+    return config.base_learning_rate * config.effective_batch_size / 256
 
 
 def warmup_epochs(config: Config) -> float:
@@ -521,6 +631,15 @@ def knn_monitor(data: ImageDataset, seed: int) -> tuple[Any, ...] | None:
     return images[bank], labels[bank], images[queries], labels[queries], len(data.classes)
 
 
+def describe_batch(config: Config) -> str:
+    """N, and how it comes about, for people."""
+    words = str(config.effective_batch_size)
+    if config.effective_batch_size != config.batch_size:
+        nodes = f" x {config.num_nodes} nodes" if config.num_nodes > 1 else ""
+        words += f" = {config.batch_size} x {config.devices} devices{nodes}"
+    return words + (f", in micro-batches of {config.micro_batch_size}" if config.micro_batch_size else "")
+
+
 def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
     """Train `model` in place on the set's images without labels; returns the `pretrain` part of results."""
     images = data.pretraining_images
@@ -532,14 +651,24 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     validation: dict[str, Any] = (
         {"check_val_every_n_epoch": config.knn_every} if module.monitor else {"limit_val_batches": 0}
     )
-    trainer = fn.make_trainer(config, config.epochs, folder=folder, log=log, checkpoint=checkpoint, **validation)
-    steps, rate = len(module.batches), actual_learning_rate(config)
+    trainer = fn.make_trainer(
+        config,
+        config.epochs,
+        folder=folder,
+        log=log,
+        checkpoint=checkpoint,
+        max_time=config.max_time,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        **validation,
+    )
+    steps, rate, n = len(module.batches), actual_learning_rate(config), config.effective_batch_size
     if config.crop_size is not None:
         print("crops of " + ", ".join(f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes))
     print(
-        f"pretraining on {len(images):,} images without labels: batch {config.batch_size} "
-        f"({2 * (config.batch_size - 1):,} negatives per view), {steps} steps an epoch\n"
-        f"{config.optimizer}, learning rate {config.base_learning_rate:g} x {config.batch_size}/256 = {rate:g}, "
+        f"pretraining on {len(images):,} images without labels: batch {describe_batch(config)} "
+        f"({2 * (n - 1):,} negatives per view), {steps} steps an epoch\n"
+        f"{config.optimizer}, learning rate {config.base_learning_rate:g} x {n}/256 = {rate:g}, "
         f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine",
         flush=True,
     )
@@ -824,6 +953,8 @@ def print_table(table: dict[str, dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> None:
+    if fn.finished(config):
+        return
     record = fn.start_record(config)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     stages = config.stages_list
@@ -831,14 +962,17 @@ def main(config: Config) -> None:
         data.labelled()  # fails now rather than after hours of pretraining
     n = len(data.pretraining_images)
     check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
-    too_many = f"--batch_size {config.batch_size} is above the {n:,} images of {data.name}: take at most {n}"
-    check(config.batch_size <= n or "pretrain" not in stages, too_many)
+    most = n // (config.devices * config.num_nodes)
+    too_many = f"--batch_size {config.batch_size} is too large for the {n:,} images of {data.name}: take at most {most}"
+    check(config.batch_size <= most or "pretrain" not in stages, too_many)
 
     torch.manual_seed(config.seed)
-    encoder, feature_dim = build_encoder(config.encoder, config.stem)
-    model = SimCLRModel(encoder, feature_dim, config.hidden_dim, config.embedding_dim)
+    encoder, feature_dim = build_encoder(config.encoder, config.stem, config.norm)
+    model = SimCLRModel(encoder, feature_dim, config.hidden_dim, config.embedding_dim, config.norm)
     torch.manual_seed(config.seed)
-    untrained, _ = build_encoder(config.encoder, config.stem)  # the same weights, which pretraining will not touch
+    untrained, _ = build_encoder(
+        config.encoder, config.stem, config.norm
+    )  # the same weights, which pretraining will not touch
     if config.checkpoint is not None:
         load_encoder(encoder, Path(config.checkpoint))
 
@@ -848,7 +982,8 @@ def main(config: Config) -> None:
     with fn.run_folder(config) as folder:
         results: dict[str, Any] = {}
         if "pretrain" in stages:
-            plot_views(data, config, folder / "views.png")
+            if fn.is_first_process():
+                plot_views(data, config, folder / "views.png")
             results["pretrain"] = pretrain(model, data, config, folder)
         if stages != ["pretrain"]:
             results |= evaluate(encoder, untrained, data, config, folder)

@@ -1,13 +1,17 @@
 """Fixtures: a small folder of real images, and a way to run a script as a user does."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import functions as fn
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,5 +39,27 @@ def run():
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+    return run_script
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_here(capfd, monkeypatch):
+    """The same in this process, which saves the imports: run_here("rnn.py", "--epochs", "1", cwd=folder) -> Ended."""
+
+    def run_script(script: str, *flags: object, cwd: Path) -> Ended:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        module = importlib.import_module(script.removesuffix(".py"))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            fn.command_line(module.main, module.Config, module.__doc__)
+        return Ended(int(end.value.code or 0), *capfd.readouterr())
 
     return run_script

@@ -370,7 +370,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(failing, monkey
 
     Path("file").write_bytes(b"old")
     monkeypatch.setattr(fn.os, failing, fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(fn.UserError, match="No space"):
         fn.write_atomically(Path("file"), b"new")
     assert Path("file").read_bytes() == b"old"
     assert os.listdir() == ["file"]

@@ -1,0 +1,312 @@
+"""Several devices and micro-batches give what one device and a whole batch give; device mix-ups fail without a GPU."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import functions as fn
+import rnn
+import simCLR
+
+# Views that are the images themselves: what devices and micro-batches draw differs, what they compute must not.
+PLAIN = ["--crop_scale", 1, "--flip", 0, "--jitter", 0, "--grayscale", 0]
+ONE_STEP = [
+    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 1, "--stem", "imagenet", "--norm", "group"],
+    *["--accelerator", "cpu", "--precision", "fp32", "--hidden_dim", 64, "--embedding_dim", 32],
+]
+
+
+def gradient(folder):
+    """The gradient of the first step, flat: what SGD's momentum holds after it."""
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    return torch.cat([state[i]["momentum_buffer"].flatten() for i in sorted(state)])
+
+
+def loss(folder):
+    return float(next(csv.DictReader((folder / "metrics.csv").open()))["train_loss"])
+
+
+@pytest.fixture(scope="module")
+def whole_batch(run, tmp_path_factory):
+    """One step of 720 images on one device."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run("simCLR.py", *ONE_STEP, *PLAIN, "--batch_size", 720, "--output_dir", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+@pytest.mark.parametrize("micro", [[], ["--micro_batch_size", 100]], ids=["whole", "micro-batches"])
+def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp_path):
+    """Loss and gradient of all parameters: negatives come from both, and DDP's mean is the whole batch's gradient."""
+    flags = [*ONE_STEP, *PLAIN, "--batch_size", 360, "--devices", 2, *micro, "--output_dir", "out"]
+    done = run("simCLR.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "batch 720 = 360 x 2 devices" in done.stdout
+    assert "(1,438 negatives per view)" in done.stdout
+    assert "learning rate 0.06 x 720/256" in done.stdout
+    assert done.stdout.count("epoch 1/1") == 1, "the first process alone prints"
+    assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
+    ours, whole = gradient(tmp_path / "out"), gradient(whole_batch)
+    assert float((ours - whole).norm() / whole.norm()) < 1e-5
+    first, second = ({p.name for p in f.iterdir()} for f in (tmp_path / "out", whole_batch))
+    assert first == second
+    assert len(list((tmp_path / "out").rglob("events.out.tfevents*"))) == 1, "the first process alone writes"
+
+
+def runs(pid):
+    """Whether a process is alive: there, and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+@pytest.mark.parametrize("victim", ["first", pytest.param("second", marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_run_which_goes_on_later(victim, tmp_path):
+    """Within a minute, whichever of the two it was, and with --resume at the epoch after the last finished one."""
+    flags = [
+        "--dataset",
+        "digits",
+        "--stages",
+        "pretrain",
+        "--epochs",
+        "30",
+        "--stem",
+        "imagenet",
+        "--accelerator",
+        "cpu",
+    ]
+    flags += ["--batch_size", "128", "--devices", "2", "--output_dir", "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "simCLR.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, start_new_session=True)
+    for line in first.stdout:
+        if line.startswith("epoch  1/30"):
+            break
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    (second,) = [int(pid) for pid in children if "simCLR.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    begin = time.monotonic()
+    os.kill(first.pid if victim == "first" else second, signal.SIGKILL)
+    _, error = first.communicate(timeout=60)
+    while runs(second):
+        assert time.monotonic() - begin < 60, "the second process goes on alone"
+        time.sleep(0.1)
+    assert first.returncode != 0
+    if victim == "second" and first.returncode > 0:  # else Lightning was the first to notice, and killed it
+        assert error.splitlines()[-1].startswith("simCLR.py: error: another process of this training was lost")
+    done = sum(1 for _ in (tmp_path / "out/metrics.csv").open()) - 1
+    command = [sys.executable, str(ROOT / "simCLR.py"), "--resume", "out", "--max_time", "00:00:00:01"]
+    resumed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"epoch {done + 1:>2}/30" in resumed.stdout
+    assert f"epoch {done:>2}/30" not in resumed.stdout
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradient caching
+# ------------------------------------------------------------------------------------------------
+
+
+class Gradient(fn.Callback):
+    """Keeps the gradient before the optimizer's step; with `eval_norm`, BatchNorm uses its running statistics."""
+
+    def __init__(self, eval_norm=False):
+        self.eval_norm = eval_norm
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        if self.eval_norm:
+            pl_module.eval()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradient = torch.cat([p.grad.flatten().clone() for p in pl_module.model.parameters()])
+
+
+def one_step(norm, micro, n=48, eval_norm=False, plain=True, **changes):
+    """(model after one step on n digits, its gradient, its loss)."""
+    plain = {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "grayscale": 0.0} if plain else {}
+    config = simCLR.Config(
+        **{"dataset": "digits", "stem": "imagenet", "accelerator": "cpu", "precision": "fp32", "epochs": 1}
+        | {"norm": norm, "batch_size": n, "micro_batch_size": micro, "hidden_dim": 64, "embedding_dim": 32}
+        | plain
+        | changes
+    )
+    torch.manual_seed(0)
+    encoder, dim = simCLR.build_encoder("resnet18", "imagenet", norm)
+    model = simCLR.SimCLRModel(encoder, dim, config.hidden_dim, config.embedding_dim, norm).double()
+    model.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    images = fn.load_dataset("digits").train_images[:n]
+    kept, log = Gradient(eval_norm), fn.EpochLog(quiet=True)
+    trainer = fn.make_trainer(config, 1, [kept], log=log, limit_val_batches=0)
+    fn.fit(trainer, simCLR.Pretraining(model, images, None, config))
+    return model, kept.gradient, log.rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize("micro", [2, 7, 16, 48])
+@pytest.mark.parametrize(("norm", "eval_norm"), [("group", False), ("batch", True)])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(norm, eval_norm, micro):
+    """Gao et al. 2021: the same loss and the same gradient, to float64's rounding, whatever the micro-batch."""
+    _, whole, loss = one_step(norm, None, eval_norm=eval_norm)
+    _, ours, our_loss = one_step(norm, micro, eval_norm=eval_norm)
+    assert our_loss == pytest.approx(loss, rel=1e-12)
+    assert float((ours - whole).norm() / whole.norm()) < 1e-11
+
+
+def test_accumulating_gradients_would_not_do():
+    """What the cache is for: losses of parts of the batch have fewer negatives, and another gradient."""
+    _, whole, _ = one_step("group", None)
+    parts = [one_step("group", None, n=24)[1]]
+    assert float((parts[0] - whole).norm() / whole.norm()) > 0.1
+
+
+def test_both_passes_see_the_same_views(monkeypatch):
+    seen, two_views = [], simCLR.two_views
+    monkeypatch.setattr(simCLR, "two_views", lambda *a: seen.append(two_views(*a)) or seen[-1])
+    one_step("batch", 16, plain=False)
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_batchnorm_counts_each_micro_batch_once():
+    """The first pass normalises by its batch but leaves the running statistics to the second."""
+    model, _, _ = one_step("batch", 16)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(int(m.num_batches_tracked) == 3 and m.track_running_stats for m in norms)
+    reference, _, _ = one_step("batch", None, n=16, learning_rate=1e-30)  # one pass over the first images' order
+    assert all(int(m.num_batches_tracked) == 1 for m in reference.modules() if hasattr(m, "num_batches_tracked"))
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the elements that autograd keeps for the backward pass, and the most there were at a time."""
+
+    class Holder:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def __init__(self):
+        super().__init__(self.pack, lambda holder: holder.tensor)
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        holder = self.Holder(tensor)
+        self.now += tensor.numel()
+        self.most = max(self.most, self.now)
+        weakref.finalize(holder, self.drop, tensor.numel())
+        return holder
+
+    def drop(self, elements):
+        self.now -= elements
+
+
+def test_memory_follows_the_micro_batch():
+    """Eight times the batch in micro-batches of the same size keeps no more; as a whole it keeps many times as much."""
+    most = []
+    for n, micro in ((64, 32), (512, 32), (512, None)):
+        kept = Kept()
+        with kept:
+            one_step("batch", micro, n=n, embedding_dim=8)
+        most.append(kept.most)
+    assert most[1] < 1.02 * most[0]
+    assert most[2] > 2 * most[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Where tensors lie, on a machine without a GPU: fake CUDA tensors have a shape and a device, but no values
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """fake_cuda(module) puts its parameters and buffers on a fake GPU; so do torch's functions in this test."""
+    monkeypatch.setattr(fn, "resolve_device", lambda accelerator: "cuda")
+    monkeypatch.setattr(simCLR.Pretraining, "global_step", 0)
+    monkeypatch.setattr(simCLR.Pretraining, "all_gather", lambda self, z, sync_grads: z)
+    mode = FakeTensorMode()
+
+    def move(module):
+        with mode:
+            for part in module.modules():
+                for name, p in list(part.named_parameters(recurse=False)):
+                    fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
+                    setattr(part, name, torch.nn.Parameter(fake))
+                for name, b in list(part.named_buffers(recurse=False)):
+                    setattr(part, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype, device="cuda"))
+        return module
+
+    move.mode = mode
+    return move
+
+
+def pretraining(**changes):
+    config = simCLR.Config(batch_size=8, precision="bf16", accelerator="cpu", **changes)
+    model = simCLR.SimCLRModel(*simCLR.build_encoder("resnet18", config.stem, config.norm), norm=config.norm)
+    return simCLR.Pretraining(model, torch.zeros(8, 3, 32, 32, dtype=torch.uint8), None, config)
+
+
+def fake_images(n=8):
+    return torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("changes", [{}, {"blur": 0.5, "stem": "imagenet"}, {"norm": "group", "crop_size": 16}])
+def test_pretraining_stays_on_the_gpu(fake_cuda, changes):
+    """Augment, normalise, encode, project, NT-Xent."""
+    module = fake_cuda(pretraining(**changes))
+    with fake_cuda.mode:
+        loss = module.training_step((fake_images(),), 0)["loss"]
+    assert (loss.device.type, loss.shape, loss.dtype) == ("cuda", (), torch.float32)
+
+
+def test_evaluation_stays_on_the_gpu(fake_cuda):
+    """k-NN on what the encoder makes of images, and a step of the linear probe."""
+    module, classifier = fake_cuda(pretraining()), fake_cuda(torch.nn.Linear(512, 10))
+    with fake_cuda.mode:
+        h = module.model.get_encoder()(module.normalize(fake_images(20)))
+        labels = torch.zeros(20, dtype=torch.long, device="cuda")
+        predicted = fn.knn_predict(h[:5], h[5:], labels[5:], 10, k=3)
+        batches = fn.Batches(h, labels, batch_size=4, seed=0)
+        outcome = simCLR.Probe(classifier, batches, batches, 0.1, 1).training_step(next(iter(batches)), 0)
+    assert (predicted.device.type, predicted.shape) == ("cuda", (5,))
+    assert {value.device.type for value in outcome.values()} == {"cuda"}
+
+
+class Steps(torch.nn.Linear):
+    """In place of the recurrent layer, for which PyTorch asks the driver even where tensors are fake."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def test_rows_stay_on_the_gpu(fake_cuda):
+    split = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    splits = rnn.Splits(split, split, split, tuple("abcdefghij"))
+    model = rnn.SimpleRNN(96, 256, 1, 10, 64, 64)
+    model.recurrent = Steps(96, 256)
+    module = fake_cuda(rnn.RowClassification(model, splits, rnn.Config(batch_size=4)))
+    with fake_cuda.mode:
+        loss = module.training_step((fake_images(4), torch.zeros(4, dtype=torch.long, device="cuda")), 0)["loss"]
+    assert (loss.device.type, loss.shape) == ("cuda", ())
+
+
+def test_a_mix_of_devices_would_be_noticed(fake_cuda):
+    """These tests can fail: statistics left on the CPU are an error."""
+    module = fake_cuda(pretraining())
+    with fake_cuda.mode:
+        module.normalize.std = torch.ones(3, 1, 1)
+        with pytest.raises(RuntimeError, match="device"):
+            module.training_step((fake_images(),), 0)

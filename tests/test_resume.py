@@ -1,0 +1,366 @@
+"""A run is never lost: killed at any moment and resumed, it ends with the very bits of one that never stopped."""
+
+import csv
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, finish, output, start
+
+import functions as fn
+
+SHORT = {
+    "simCLR.py": [
+        *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64, "--accelerator", "cpu"],
+        *["--precision", "fp32", "--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
+    ],
+    "rnn.py": ["--epochs", 12, "--image_size", 8, "--batch_size", 8, "--cell", "all", "--learning_rate", 0.01],
+    "rnn_hyperparameter_tune.py": ["--epochs", 2, "--image_size", 8, "--n_trials", 13],
+}
+OF_TIME = ("second", "git", "best_config")  # what two runs of one configuration need not share
+
+
+def timeless(value):
+    """A structure without its times; tensors as their bytes, so that == compares bits."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not any(word in str(k) for word in OF_TIME)}
+    return [timeless(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def bits(folder):
+    """All that a run leaves but times and pictures: numbers, weights, the optimizer's state, the study's trials."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix in (".pt", ".ckpt") and not file.name.startswith("previous"):
+            found[name] = timeless(torch.load(file, weights_only=True))
+        elif file.suffix == ".json":
+            found[name] = timeless(json.loads(file.read_text()))
+        elif file.suffix == ".csv":
+            found[name] = timeless(list(csv.DictReader(file.open())))
+        elif file.suffix == ".yaml":
+            found[name] = file.read_text()
+        elif file.suffix == ".db":
+            found[name] = study_bits(f"sqlite:///{file}")
+    return found
+
+
+def study_bits(url):
+    import optuna
+
+    import rnn_hyperparameter_tune as tune
+
+    study = optuna.load_study(storage=url, study_name="rnn")
+    return [(t.state.name, t.params, t.value, t.intermediate_values) for t in tune.counted(study)]
+
+
+def assert_same_bits(folder, reference):
+    ours, theirs = bits(folder), bits(reference)
+    assert set(ours) == set(theirs)
+    for name in theirs:
+        assert ours[name] == theirs[name], name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(image_folder, tmp_path_factory):
+    """uninterrupted(script) -> the folder of a run that nothing disturbed, and the seconds it took."""
+    done = {}
+
+    def reference(script):
+        if script not in done:
+            cwd = tmp_path_factory.mktemp("reference")
+            finish(start(script, "--help", cwd=cwd), cwd)  # now everything is imported
+            begin = time.monotonic()
+            flags = ["--dataset", image_folder, "--data_dir", image_folder.parent / "data", "--output_dir", "out"]
+            finish(start(script, *flags, *SHORT[script], cwd=cwd), cwd)
+            done[script] = cwd / "out", time.monotonic() - begin
+        return done[script]
+
+    return reference
+
+
+def begin_or_resume(script, image_folder, cwd):
+    """Start the run, or go on with it where it has got so far as to be one."""
+    if (cwd / "out/config.yaml").is_file():
+        return start(script, "--resume", "out", cwd=cwd)
+    flags = ["--dataset", image_folder, "--data_dir", image_folder.parent / "data", "--output_dir", "out"]
+    return start(script, *flags, *SHORT[script], cwd=cwd)
+
+
+def torture(script, kills, uninterrupted, image_folder, cwd, seed=0):
+    """Kill a run at random moments and resume it, again and again; a run that comes to its end is compared."""
+    reference, seconds = uninterrupted(script)
+    draw, compared, survived = random.Random(seed), 0, 0
+    while survived < kills or compared == 0:
+        process = begin_or_resume(script, image_folder, cwd)
+        if survived < kills:
+            process.join(draw.uniform(0, seconds))
+        else:
+            process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            survived += 1
+        else:
+            assert process.exitcode == 0, output(process, cwd)
+            assert_same_bits(cwd / "out", reference)
+            assert not list(cwd.rglob("*.part"))
+            shutil.rmtree(cwd / "out")
+            compared += 1
+    print(f"{script}: {survived} kills, {compared} runs compared, uninterrupted {seconds:.1f} s")
+    return compared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SHORT)
+def test_torture(script, uninterrupted, image_folder, tmp_path):
+    """Twenty SIGKILLs at random moments of each script's run (set KILLS for more)."""
+    torture(script, int(os.environ.get("KILLS", "20")), uninterrupted, image_folder, tmp_path)
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_killed_and_resumed_is_bit_identical(script, uninterrupted, image_folder, tmp_path):
+    torture(script, 2, uninterrupted, image_folder, tmp_path, seed=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Going on
+# ------------------------------------------------------------------------------------------------
+
+TINY = ["--image_size", 8, "--batch_size", 32]
+
+
+@pytest.fixture
+def short_rnn(image_folder, run_here, tmp_path):
+    """The folder of a finished run of three epochs."""
+    done = run_here("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 3, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "out"
+
+
+def test_a_finished_run_says_so_and_is_left_alone(short_rnn, run_here):
+    before = {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "out is finished: its results are in out/results.json\n"
+    assert before == {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+
+
+def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, run_here):
+    cwd = short_rnn.parent
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "--epochs raised from 3 to 5" in done.stdout
+    assert run_here("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 5, "--output_dir", "five", cwd=cwd)
+    assert_same_bits(short_rnn, cwd / "five")
+    assert "is finished" in run_here("rnn.py", "--resume", "out", cwd=cwd).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--epochs", 2], ["--epochs 3"]),  # fewer than there were is no continuation
+        (["--seed", 1, "--cell", "gru"], ["--cell rnn", "--seed 0"]),
+        (["--learning_rate", 0.1], ["--learning_rate 0.00022"]),
+    ],
+)
+def test_another_configuration_is_refused_by_name(short_rnn, run_here, flags, named):
+    done = run_here("rnn.py", "--resume", "out", *flags, cwd=short_rnn.parent)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    for words in named:
+        assert words in done.stderr
+
+
+def test_simclr_does_not_raise_its_epochs(tmp_path, run_here):
+    """Its cosine schedule spans them: more epochs would have been other epochs from the first on."""
+    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 1, "--output_dir", "out"]
+    assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
+    done = run_here("simCLR.py", "--resume", "out", "--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--epochs 1" in done.stderr
+
+
+def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_folder, run_here):
+    cwd = short_rnn.parent
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 3, "--max_time", "00:00:00:00", "--output_dir", "parts"]
+    done = run_here("rnn.py", *flags, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "--max_time is over; continue with: python rnn.py --resume parts"
+    assert not (cwd / "parts/results.json").exists()
+    assert sum(1 for _ in (cwd / "parts/metrics.csv").open()) == 2, "one epoch is always trained"
+    again = run_here("rnn.py", "--resume", "parts", "--max_time", "00:00:00:00", cwd=cwd)
+    assert "epoch 2/3" in again.stdout
+    assert run_here("rnn.py", "--resume", "parts", cwd=cwd).returncode == 0
+    assert_same_bits(cwd / "parts", short_rnn)
+
+
+def test_a_torn_last_line_of_the_metrics_is_mended(short_rnn, run_here):
+    whole = bits(short_rnn)
+    (short_rnn / "results.json").unlink()
+    text = (short_rnn / "metrics.csv").read_bytes()
+    (short_rnn / "metrics.csv").write_bytes(text[:-9])
+    checkpoints = short_rnn / "checkpoints"
+    (checkpoints / "previous-last.ckpt").replace(checkpoints / "last.ckpt")  # killed in the third epoch
+    done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+    assert done.returncode == 0, done.stderr
+    assert bits(short_rnn) == whole
+
+
+def test_ctrl_c_says_how_to_resume(image_folder, tmp_path):
+    process = start("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 500, "--output_dir", "out", cwd=tmp_path)
+    while not (tmp_path / "out/checkpoints/last.ckpt").is_file() and process.is_alive():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    last = output(process, tmp_path).splitlines()[-1]
+    assert last == "rnn.py: interrupted; continue with: python rnn.py --resume out"
+
+
+def test_two_processes_do_not_share_a_run(image_folder, run_here, tmp_path):
+    """The second is refused; when the first ends, in whatever way, its run can be resumed."""
+    process = start("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 99, "--output_dir", "out", cwd=tmp_path)
+    while not (tmp_path / "out/metrics.csv").is_file() and process.is_alive():
+        time.sleep(0.02)
+    done = run_here("rnn.py", "--resume", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "another process is at work there" in done.stderr
+    process.kill()
+    process.join()
+    flags = ["--resume", "out", "--max_time", "00:00:00:00"]
+    assert run_here("rnn.py", *flags, cwd=tmp_path).returncode == 0
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(image_folder, tmp_path):
+    flags = ["--dataset", image_folder, "--data_dir", "data", *TINY, "--epochs", 1]
+    processes = [start("rnn.py", *flags, cwd=tmp_path) for _ in range(4)]  # all decode the folder at once, too
+    texts = [finish(process, tmp_path) for process in processes]
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 4
+    losses = {json.dumps(timeless(json.loads((folder / "results.json").read_text()))) for folder in runs}
+    assert len(losses) == 1, texts
+    (cache,) = (tmp_path / "data/cache").iterdir()
+    assert torch.load(cache, weights_only=True).shape == (324, 3, 8, 8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Damage
+# ------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {Path.cwd()}/hacked",)
+
+
+def damage(file, how):
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how == "flipped":  # in the middle of the file
+        data = bytearray(file.read_bytes())
+        for i in range(len(data) // 3, len(data) // 3 + 2000):
+            data[i] ^= 0xFF
+        file.write_bytes(data)
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "code":
+        torch.save(Code(), file)
+    else:
+        file.write_bytes(pickle.dumps(Code()))
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "code", "pickle"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, short_rnn, run_here, monkeypatch):
+    monkeypatch.chdir(short_rnn.parent)
+    whole = bits(short_rnn)
+    (short_rnn / "results.json").unlink()
+    damage(short_rnn / "checkpoints/last.ckpt", how)
+    done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "warning: out/checkpoints/last.ckpt is damaged; going on from out/checkpoints/previous-last.ckpt"
+    ]
+    assert "epoch 3/3" in done.stdout
+    assert "epoch 2/3" not in done.stdout
+    assert bits(short_rnn) == whole
+    assert not (short_rnn.parent / "hacked").exists()
+
+
+def test_the_test_of_code_can_fail(tmp_path, monkeypatch):
+    """Loaded without weights_only, such a checkpoint does what it likes."""
+    monkeypatch.chdir(tmp_path)
+    damage(tmp_path / "x.ckpt", "code")
+    torch.load("x.ckpt", weights_only=False)
+    assert (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_without_a_sound_checkpoint_there_is_one_line(name, short_rnn, run_here):
+    (short_rnn / "results.json").unlink()
+    for file in (short_rnn / "checkpoints").glob(f"*{name}"):
+        damage(file, "code")
+    done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "out/checkpoints" in line
+    assert "start afresh" in line
+    assert not (short_rnn.parent / "hacked").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(short_rnn, run_here):
+    """No file may grow beyond what the first checkpoint needed: the next, after the epochs were raised, has no room."""
+    most = (short_rnn / "checkpoints/last.ckpt").stat().st_size // 2
+    before = bits(short_rnn)
+    command = [sys.executable, str(ROOT / "rnn.py"), "--resume", "out", "--epochs", "5"]
+    done = subprocess.run(
+        *(command,),
+        cwd=short_rnn.parent,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rnn.py: error: out/checkpoints/")
+    assert "could not be written (File too large); what was written before is whole" in line
+    assert "--resume" in line
+    assert {k: v for k, v in bits(short_rnn).items() if "ckpt" in k} == {k: v for k, v in before.items() if "ckpt" in k}
+    assert run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent).returncode == 0
+
+
+def test_a_diverged_run_names_the_step_and_the_last_good_checkpoint(short_rnn, run_here, monkeypatch):
+    """The fourth epoch's second loss is not a number."""
+    steps_per_epoch = 9
+    step, calls = fn.Classification._step, []
+
+    def spoiled(self, batch):
+        outcome = step(self, batch)
+        if self.training:
+            calls.append(None)
+            outcome["loss"] = outcome["loss"] * (torch.nan if len(calls) == 2 else 1)
+        return outcome
+
+    monkeypatch.setattr(fn.Classification, "_step", spoiled)
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"epoch 4, step {3 * steps_per_epoch + 2}, learning rate 0.00022" in line
+    assert "last good checkpoint: out/checkpoints/last.ckpt" in line
+    saved = torch.load(short_rnn / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["epoch"] == 2
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
