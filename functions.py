@@ -424,8 +424,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", image_size: int | Non
     if name == "digits":
         return _load_digits()
     if name in ("cifar10", "cifar100", "stl10"):
-        with locked(Path(data_dir)):  # two processes must not download it at once
-            return _load_torchvision(name, Path(data_dir))
+        try:
+            with locked(Path(data_dir)):  # two processes must not download it at once
+                return _load_torchvision(name, Path(data_dir))
+        except OSError as error:
+            raise UserError(f"--data_dir {data_dir} cannot be used ({error.strerror}): name another folder") from None
     check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of cifar10, cifar100, stl10, digits")
     return _load_folder(Path(name), Path(data_dir), image_size or 32)
 

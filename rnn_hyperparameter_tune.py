@@ -173,30 +173,40 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
+def connect(url: str, config: Config) -> optuna.Study:
+    """The study in the database at `url`, made if it is not there. Raises what the database's driver raises."""
+    import optuna
+
+    storage = optuna.storages.RDBStorage(
+        url,
+        heartbeat_interval=max(1, config.heartbeat // 4) if config.storage else None,
+        grace_period=config.heartbeat if config.storage else None,
+        heartbeat_stale_trial_callback=retry if config.storage else None,
+        engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,  # to await a lock
+    )
+    return optuna.create_study(storage=storage, study_name=config.study_name, load_if_exists=True, direction="minimize")
+
+
 def open_study(config: Config, folder: Path) -> optuna.Study:
     """The study in its database, made if it is not there. Raises UserError when it cannot be used or is of other data.
 
     A shared study's workers give signs of life (heartbeats); when one's cease, another worker retries its trial.
     """
     import optuna
+    import sqlalchemy.exc
 
     url = config.storage or f"sqlite:///{folder / 'study.db'}"
-    try:
-        storage = optuna.storages.RDBStorage(
-            url,
-            heartbeat_interval=max(1, config.heartbeat // 4) if config.storage else None,
-            grace_period=config.heartbeat if config.storage else None,
-            heartbeat_stale_trial_callback=retry if config.storage else None,
-        )
-        study = optuna.create_study(
-            storage=storage, study_name=config.study_name, load_if_exists=True, direction="minimize"
-        )
-        claim(study, config)
-    except fn.UserError:
-        raise
-    except Exception as error:  # whatever the database's driver raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise fn.UserError(f"--storage {url} cannot be opened ({reason}): check the URL") from None
+    for attempt in range(4):  # of workers that start at the same moment, one alone succeeds in making the tables
+        try:
+            study = connect(url, config)
+            break
+        except Exception as error:  # whatever the database's driver raises
+            if attempt < 3 and isinstance(error, sqlalchemy.exc.DBAPIError):
+                time.sleep(0.5 * 2**attempt)
+                continue
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise fn.UserError(f"--storage {url} cannot be opened ({reason}): check the URL") from None
+    claim(study, config)
     study.sampler = make_sampler(config.seed)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     if not config.storage:  # nobody else can be at work on it: what seems to run was killed

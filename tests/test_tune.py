@@ -1,8 +1,18 @@
 """The tuner: every value it draws reaches the model and the optimiser, and what it finds can be trained."""
 
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
 import optuna
 import pytest
 import torch
+from processes import finish, start
 
 import functions as fn
 import rnn
@@ -82,11 +92,24 @@ def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     assert [trial.number for trial in again.trials] == [0, 1, 2]
 
 
-def test_a_resumed_study_does_not_repeat_its_draws(tmp_path):
+def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path):
+    """Draws follow from the seed and the trial's place, in which an interrupted trial does not count."""
     study, _, config = small_study(tmp_path)
-    first = [tune.suggest(trial, config).learning_rate for trial in (study.ask(), study.ask())]
-    again = tune.open_study(config, tmp_path)
-    assert not {tune.suggest(again.ask(), config).learning_rate for _ in range(2)} & set(first)
+    first = [tune.suggest(study.ask(), config).learning_rate for _ in range(2)]
+    again = tune.open_study(config, tmp_path)  # fails what was running when its process ended
+    assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL"]
+    repeated = [tune.suggest(again.ask(), config).learning_rate for _ in range(3)]
+    assert repeated[:2] == first
+    assert len(set(repeated)) == 3
+
+
+def test_another_seed_draws_other_trials(tmp_path):
+    drawn = set()
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        study, _, config = small_study(tmp_path / str(seed), seed=seed)
+        drawn.add(tune.suggest(study.ask(), config).learning_rate)
+    assert len(drawn) == 2
 
 
 def test_an_interrupted_trial_is_made_up_for(tmp_path):
@@ -98,7 +121,7 @@ def test_an_interrupted_trial_is_made_up_for(tmp_path):
 
 def test_a_hopeless_trial_is_pruned(tmp_path):
     """Worse than five earlier trials at every epoch: stopped before its last."""
-    study, splits, config = small_study(tmp_path, epochs=4)
+    study, splits, config = small_study(tmp_path, epochs=4, n_trials=6)
     params = {key: values[0] for key, values in SPACE.items()}
     for _ in range(5):
         study.add_trial(
@@ -130,6 +153,131 @@ def test_a_diverging_trial_counts_as_pruned(tmp_path, monkeypatch):
     monkeypatch.setattr(rnn, "train", diverge)
     study.optimize(lambda trial: tune.objective(trial, splits, config), n_trials=1)
     assert study.trials[0].state == optuna.trial.TrialState.PRUNED
+
+
+def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(tmp_path, monkeypatch):
+    """Out of memory fails that trial alone."""
+    study, splits, config = small_study(tmp_path, n_trials=3, epochs=1)
+    train, calls = rnn.train, []
+
+    def sometimes(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return train(*args, **options)
+
+    monkeypatch.setattr(rnn, "train", sometimes)
+    tune.run_study(study, splits, config)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study.trials[1].user_attrs["error"] == "CUDA out of memory"
+    assert tune.report(study, config, tmp_path)["study"]["failed"] == 1
+
+
+def test_a_study_of_something_else_is_refused(tmp_path):
+    small_study(tmp_path)
+    with pytest.raises(fn.UserError, match=r"--study_name rnn has trials with --cell rnn, --epochs 2: name another"):
+        tune.open_study(tune.Config(dataset="digits", cell="lstm", epochs=5), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Several workers on one study
+# ------------------------------------------------------------------------------------------------
+
+WORKER = ["--dataset", "digits", "--epochs", 1, "--heartbeat", 3]
+
+
+def work_together(url, cwd, n_trials, workers=2):
+    """Start workers at the same moment, wait for all; returns the study."""
+    flags = [*WORKER, "--storage", url, "--n_trials", n_trials]
+    processes = [start("rnn_hyperparameter_tune.py", *flags, cwd=cwd) for _ in range(workers)]
+    texts = [finish(process, cwd) for process in processes]
+    study = optuna.load_study(storage=url, study_name="rnn")
+    shown = [int(number) for text in texts for number in re.findall(r"^trial +(\d+)/", text, re.M)]
+    assert sorted(shown) == list(range(1, n_trials + 1)), "each trial was run, by one of them"
+    assert all(text.count("(trial") for text in texts), "each worker had a share"
+    assert {text.split("best of ")[1].split("train it")[0] for text in texts} == {
+        texts[0].split("best of ")[1].split("train it")[0]
+    }, "both report the whole study"
+    return study
+
+
+def kill_one(url, cwd, n_trials):
+    """Kill a worker in the middle of a trial; another one retries that trial. Returns the study."""
+    flags = [*WORKER, "--storage", url, "--n_trials", n_trials]
+    victim = start("rnn_hyperparameter_tune.py", *flags, "--epochs", 5, cwd=cwd)
+    while not started(url) and victim.is_alive():
+        time.sleep(0.02)
+    victim.kill()
+    victim.join()
+    rescuer = start("rnn_hyperparameter_tune.py", *flags, "--epochs", 5, cwd=cwd)
+    finish(rescuer, cwd)
+    return optuna.load_study(storage=url, study_name="rnn")
+
+
+def started(url):
+    with contextlib.suppress(Exception):  # not yet made
+        study = optuna.load_study(storage=url, study_name="rnn")
+        return any("drawn" in trial.user_attrs for trial in study.trials)
+    return False
+
+
+def check_shared_study(url, cwd):
+    study = work_together(url, cwd, n_trials=6)
+    kept = tune.counted(study)
+    assert len(kept) == 6
+    assert {trial.state.name for trial in kept} <= {"COMPLETE", "PRUNED"}
+    assert len({tuple(trial.params.items()) for trial in kept}) == 6, "no two draw the same"
+
+
+def check_rescue(url, cwd):
+    study = kill_one(url, cwd, n_trials=2)
+    lost, *others = study.trials
+    assert lost.state.name == "FAIL"
+    retried = [trial for trial in others if trial.system_attrs.get("failed_trial") == lost.number]
+    assert len(retried) == 1
+    assert retried[0].params == lost.params
+    assert [trial.state.name in ("COMPLETE", "PRUNED") for trial in tune.counted(study)] == [True, True]
+
+
+def test_two_workers_on_sqlite_lose_nothing(tmp_path):
+    check_shared_study(f"sqlite:///{tmp_path}/shared.db", tmp_path)
+
+
+def test_a_killed_workers_trial_is_retried_on_sqlite(tmp_path):
+    check_rescue(f"sqlite:///{tmp_path}/shared.db", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """The URL of a database of a PostgreSQL server of our own, on a socket in a folder of its own."""
+    pytest.importorskip("psycopg", reason="no psycopg: pip install 'psycopg[binary]'")
+    found = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(os.pathsep))]
+    programs = next((folder for folder in found if (folder / "initdb").is_file()), None)
+    if programs is None:
+        pytest.skip("no PostgreSQL server: on Debian, apt install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}  # the server refuses to run as root
+    if user:
+        shutil.chown(folder, "postgres")
+    options = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
+    subprocess.run([programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "tuner"], **options)
+    server = [programs / "pg_ctl", "-D", folder / "db", "-w", "-l", folder / "log"]
+    subprocess.run([*server, "-o", f"-k {folder} -h ''", "start"], **options)
+    try:
+        yield f"postgresql+psycopg://tuner@/postgres?host={folder}"
+    finally:
+        subprocess.run([*server, "-m", "immediate", "stop"], **options)
+        shutil.rmtree(folder)
+
+
+def test_two_workers_on_postgresql(postgres, tmp_path):
+    check_shared_study(postgres, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_workers_trial_is_retried_on_postgresql(postgres, tmp_path):
+    optuna.delete_study(storage=postgres, study_name="rnn")
+    check_rescue(postgres, tmp_path)
 
 
 def test_best_config_is_what_rnn_reads(tmp_path):
