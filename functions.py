@@ -163,7 +163,10 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
         saved_file = folder / "config.yaml"
         check(saved_file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
         check_yaml(saved_file)
-        saved = parser.parse_args(["--config", str(saved_file)])
+        try:
+            saved = parser.parse_args(["--config", str(saved_file)])
+        except UserError as error:
+            raise UserError(f"--resume {folder}: its config.yaml is not one of this script's ({error})") from None
         given = parser.parse_args(["--config", str(saved_file), *argv])
         same = ("config", *config_class.of_the_session)
         differing = [k for k in vars(saved) if k not in same and saved[k] != given[k]]
@@ -845,8 +848,8 @@ class EpochSeed(Callback):
 class TimeLimit(Callback):
     """--max_time, counted from the start of the program: training ends after the last epoch that fits, and is saved."""
 
-    def __init__(self, max_time: str, log: EpochLog) -> None:
-        self.end, self.epoch_log = STARTED + parse_duration(max_time), log
+    def __init__(self, max_time: str | None, log: EpochLog) -> None:
+        self.end, self.epoch_log = STARTED + (parse_duration(max_time) if max_time else math.inf), log
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         fits = time.monotonic() + self.epoch_log.rows[-1]["seconds"] < self.end
@@ -1008,7 +1011,7 @@ def make_trainer(
     device = resolve_device(config.accelerator)
     prepare_device(config)
     on_terminal = sys.stdout.isatty() and not (log and log.quiet)
-    limit = TimeLimit(max_time, log) if max_time and log else None
+    limit = TimeLimit(max_time, log) if log else None
     extra = [log, limit, checkpoint, ProgressBar(leave=False) if on_terminal else None]
     several = devices * num_nodes > 1
     return lightning.Trainer(

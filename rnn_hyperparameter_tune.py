@@ -187,15 +187,14 @@ def connect(url: str, config: Config) -> optuna.Study:
     return optuna.create_study(storage=storage, study_name=config.study_name, load_if_exists=True, direction="minimize")
 
 
-def open_study(config: Config, folder: Path) -> optuna.Study:
-    """The study in its database, made if it is not there. Raises UserError when it cannot be used or is of other data.
+def open_study(config: Config, url: str) -> optuna.Study:
+    """The study in the database at `url`, made if it is not there; UserError when that fails or it is of other data.
 
     A shared study's workers give signs of life (heartbeats); when one's cease, another worker retries its trial.
     """
     import optuna
     import sqlalchemy.exc
 
-    url = config.storage or f"sqlite:///{folder / 'study.db'}"
     for attempt in range(4):  # of workers that start at the same moment, one alone succeeds in making the tables
         try:
             study = connect(url, config)
@@ -340,8 +339,9 @@ def main(config: Config) -> None:
         f"{n:,} training and {len(splits.validation[0]):,} validation images; "
         f"{fn.resolve_device(config.accelerator)}, {torch.get_num_threads()} threads"
     )
+    shared = open_study(config, config.storage) if config.storage else None  # before a folder is made for nothing
     with fn.run_folder(config) as folder:
-        study = open_study(config, folder)
+        study = shared or open_study(config, f"sqlite:///{folder / 'study.db'}")
         run_study(study, splits, config)
         fn.save_results(folder, record, **report(study, config, folder))
 

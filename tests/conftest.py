@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import functions as fn
+
+torch.set_num_threads(1)  # the tests share the cores among themselves, and other threads would round differently
 
 ROOT = Path(__file__).parent.parent
 

@@ -186,23 +186,6 @@ def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp
     assert len(re.findall(r"epoch \d/3  train loss", text)) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-def test_cuda_where_there_is_none(run, tmp_path):
-    """As a real process: exit status, one line on stderr, no traceback, nothing written."""
-    done = run("rnn.py", "--dataset", "digits", "--accelerator", "cuda", cwd=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "--accelerator cuda" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_cell(run, tmp_path):
-    done = run("rnn.py", "--cell", "qrnn", cwd=tmp_path)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "--cell" in done.stderr
-    assert "lstm" in done.stderr
-
-
 @pytest.mark.slow
 def test_the_demo_beats_the_untrained_encoder(run, tmp_path):
     """What `make demo` runs: pretraining without labels must help where labels are few."""

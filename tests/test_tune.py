@@ -66,10 +66,13 @@ def test_search_space_is_the_documented_one():
         assert (found[name].low, found[name].high, found[name].log) == (SPACE[name][0], SPACE[name][-1], True)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # as main() does
+
+
 def small_study(tmp_path, **changes):
     config = tune.Config(**{"dataset": "digits", "n_trials": 2, "epochs": 2} | changes)
     splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
-    study = tune.open_study(config, tmp_path)
+    study = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
     return study, splits, config
 
 
@@ -85,7 +88,7 @@ def test_objective_is_the_lowest_validation_loss(tmp_path):
 def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     study, splits, config = small_study(tmp_path, epochs=1)
     tune.run_study(study, splits, config)
-    again = tune.open_study(config, tmp_path)
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
     config.n_trials = 3
     tune.run_study(again, splits, config)
     tune.run_study(again, splits, config)  # nothing is missing any more
@@ -96,7 +99,7 @@ def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path)
     """Draws follow from the seed and the trial's place, in which an interrupted trial does not count."""
     study, _, config = small_study(tmp_path)
     first = [tune.suggest(study.ask(), config).learning_rate for _ in range(2)]
-    again = tune.open_study(config, tmp_path)  # fails what was running when its process ended
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")  # fails what was running when its process ended
     assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL"]
     repeated = [tune.suggest(again.ask(), config).learning_rate for _ in range(3)]
     assert repeated[:2] == first
@@ -176,7 +179,7 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(tmp_path, monkey
 def test_a_study_of_something_else_is_refused(tmp_path):
     small_study(tmp_path)
     with pytest.raises(fn.UserError, match=r"--study_name rnn has trials with --cell rnn, --epochs 2: name another"):
-        tune.open_study(tune.Config(dataset="digits", cell="lstm", epochs=5), tmp_path)
+        tune.open_study(tune.Config(dataset="digits", cell="lstm", epochs=5), f"sqlite:///{tmp_path}/study.db")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,4 +294,4 @@ def test_best_config_is_what_rnn_reads(tmp_path):
 
 def test_database_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(fn.UserError, match="--storage nonsense cannot be opened"):
-        tune.open_study(tune.Config(storage="nonsense"), tmp_path)
+        tune.open_study(tune.Config(storage="nonsense"), "nonsense")

@@ -1,0 +1,353 @@
+"""Bad input: one line on stderr that names the culprit and a remedy, exit status 2, and every file as it was."""
+
+import contextlib
+import os
+import string
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import functions as fn
+import rnn
+import rnn_hyperparameter_tune as tune
+import simCLR
+
+
+def png(file, color="red", size=(8, 8)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(file)
+
+
+class Code:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def make_bad_folders(root):
+    """Image folders with one thing wrong each."""
+    (root / "empty").mkdir()
+    (root / "hidden").mkdir()
+    (root / "hidden/.DS_Store").write_text("")
+    (root / "afile").write_text("not a folder")
+    for name in "abcdef":
+        for c in "xy":
+            for case in ("broken", "zero", "cut", "huge", "float", "few", "newclass"):
+                png(root / case / "train" / c / f"{name}.png")
+                png(root / case / "test" / c / f"{name}.png")
+        for split in ("train", "test"):
+            png(root / "oneclass" / split / "only" / f"{name}.png")
+        png(root / "newclass/test/z" / f"{name}.png")
+    (root / "broken/train/x/text.png").write_text("no image")
+    (root / "zero/test/y/nothing.png").write_bytes(b"")
+    whole = (root / "cut/train/x/a.png").read_bytes()
+    (root / "cut/train/x/cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (8000, 8000)).save(root / "huge/train/x/huge.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "float/train/y/float.tiff")
+    for c in "xy":
+        png(root / "notest/train" / c / "1.png")
+    (root / "noimages/train").mkdir(parents=True)
+    (root / "full").mkdir()
+    (root / "full/notes.txt").write_text("mine")
+
+
+def make_bad_files(root):
+    """Configurations and checkpoints with one thing wrong each."""
+    files = {
+        "unknown.yaml": "epochs: 3\nbatchsize: 4\n",
+        "damaged.yaml": "epochs: [",
+        "code.yaml": "seed: !!python/object/apply:os.system ['touch hacked']",
+        "list.yaml": "- epochs\n- 3\n",
+        "word.yaml": "epochs",
+        "nothing.yaml": "",
+        "nested.yaml": "epochs: {a: 1}\n",
+        "type.yaml": "epochs: many\n",
+        "null.yaml": "epochs: null\n",
+        "range.yaml": "epochs: -5\n",
+        "tab.yaml": "epochs:\t3\n\tseed: 1\n",
+        "date.yaml": "seed: 2020-01-01\n",
+        "text.pt": "no checkpoint",
+        "nothing.pt": "",
+    }
+    for name, text in files.items():
+        (root / name).write_text(text)
+    (root / "binary.yaml").write_bytes(bytes(range(256)))
+    torch.save(simCLR.build_encoder("resnet18", "imagenet")[0].state_dict(), root / "imagenet.pt")
+    torch.save(Code(), root / "code.pt")
+    torch.save([1, 2], root / "list.pt")
+    torch.save({"state_dict": {"model.recurrent.weight": torch.zeros(2)}}, root / "rnn.ckpt")
+
+
+def make_bad_runs(root):
+    """Run folders with one thing wrong each."""
+    for name in ("other", "nocheckpoint", "codecheckpoint", "badconfig", "codeconfig", "ends"):
+        (root / name / "checkpoints").mkdir(parents=True)
+        fn.save_config(root / name / "config.yaml", rnn.Config(dataset="digits", epochs=3))
+    fn.save_config(root / "other/config.yaml", simCLR.Config(dataset="digits"))
+    torch.save(Code(), root / "codecheckpoint/checkpoints/last.ckpt")
+    (root / "badconfig/config.yaml").write_text("epochs: [")
+    (root / "codeconfig/config.yaml").write_text("seed: !!python/object/apply:os.system ['touch hacked']")
+    (root / "study").mkdir()
+    tune_config = tune.Config(dataset="digits", epochs=3)
+    fn.save_config(root / "study/config.yaml", tune_config)
+    (root / "study/study.db").write_bytes(b"no database" * 100)
+
+
+@pytest.fixture(scope="module")
+def bad_place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    make_bad_folders(root)
+    make_bad_files(root)
+    make_bad_runs(root)
+    return root
+
+
+DIGITS = ["--dataset", "digits"]
+KNN = [*DIGITS, "--stages", "knn", "--checkpoint"]
+SIMCLR, RNN, TUNE = "simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py"
+# script, flags, the culprit that the line must name, the remedy it must give
+BAD = [
+    (SIMCLR, [*DIGITS, "--epochs", "0"], "--epochs", "at least 1"),
+    (SIMCLR, [*DIGITS, "--epochs", "many"], "--epochs", "int"),
+    (SIMCLR, [*DIGITS, "--epochs", "1.5"], "--epochs", "int"),
+    (SIMCLR, [*DIGITS, "--batch_size", "1"], "--batch_size", "at least 2"),
+    (SIMCLR, [*DIGITS, "--temperature", "0"], "--temperature", "positive"),
+    (SIMCLR, [*DIGITS, "--temperature", "-1"], "--temperature", "positive"),
+    (SIMCLR, [*DIGITS, "--temperature", ".nan"], "--temperature", "positive"),
+    (SIMCLR, [*DIGITS, "--temperature", "hot"], "--temperature", "float"),
+    (SIMCLR, [*DIGITS, "--learning_rate", ".inf"], "--learning_rate", "positive"),
+    (SIMCLR, [*DIGITS, "--weight_decay", "-1"], "--weight_decay", "0 or more"),
+    (SIMCLR, [*DIGITS, "--warmup_epochs", "-1"], "--warmup_epochs", "0 or more"),
+    (SIMCLR, [*DIGITS, "--knn_every", "0"], "--knn_every", "at least 1"),
+    (SIMCLR, [*DIGITS, "--crop_size", "3"], "--crop_size", "from 4 to 224"),
+    (SIMCLR, [*DIGITS, "--crop_size", "16:0.5"], "--crop_size", "grow to 1"),
+    (SIMCLR, [*DIGITS, "--crop_size", "16:0.7,24:0.6,32:1"], "--crop_size", "grow to 1"),
+    (SIMCLR, [*DIGITS, "--crop_scale", "0"], "--crop_scale", "at most 1"),
+    (SIMCLR, [*DIGITS, "--crop_scale", "1.5"], "--crop_scale", "at most 1"),
+    (SIMCLR, [*DIGITS, "--flip", "2"], "--flip", "from 0 to 1"),
+    (SIMCLR, [*DIGITS, "--grayscale", "-0.1"], "--grayscale", "from 0 to 1"),
+    (SIMCLR, [*DIGITS, "--jitter_strength", "9"], "--jitter_strength", "from 0 to 1.25"),
+    (SIMCLR, [*DIGITS, "--label_fraction", "0"], "--label_fraction", "at most 1"),
+    (SIMCLR, [*DIGITS, "--encoder", "vgg"], "--encoder", "resnet18"),
+    (SIMCLR, [*DIGITS, "--stem", "round"], "--stem", "imagenet"),
+    (SIMCLR, [*DIGITS, "--norm", "layer"], "--norm", "group"),
+    (SIMCLR, [*DIGITS, "--optimizer", "lars"], "--optimizer", "sgd"),
+    (SIMCLR, [*DIGITS, "--probe", "svm"], "--probe", "lbfgs"),
+    (SIMCLR, [*DIGITS, "--stages", "pretrain,dream"], "--stages", "choose from"),
+    (SIMCLR, [*DIGITS, "--stages", "knn"], "--stages", "--checkpoint"),
+    (SIMCLR, [*DIGITS, "--devices", "0"], "--devices", "at least 1"),
+    (SIMCLR, [*DIGITS, "--devices", "9999"], "--devices", "this machine has"),
+    (SIMCLR, [*DIGITS, "--num_nodes", "0"], "--num_nodes", "at least 1"),
+    (SIMCLR, [*DIGITS, "--micro_batch_size", "1"], "--micro_batch_size", "from 2 to"),
+    (SIMCLR, [*DIGITS, "--micro_batch_size", "1024"], "--micro_batch_size", "from 2 to"),
+    (SIMCLR, [*DIGITS, "--max_time", "5h"], "--max_time", "DD:HH:MM:SS"),
+    (SIMCLR, [*DIGITS, "--seed", "-1"], "--seed", "between 0 and"),
+    (SIMCLR, [*DIGITS, "--seed", "4294967296"], "--seed", "between 0 and"),
+    (SIMCLR, [*DIGITS, "--image_size", "2"], "--image_size", "between 4 and"),
+    (SIMCLR, [*DIGITS, "--accelerator", "tpu"], "--accelerator", "cpu"),
+    (SIMCLR, [*DIGITS, "--precision", "fp8"], "--precision", "bf16"),
+    (SIMCLR, [*DIGITS, "--baselines", "maybe"], "--baselines", "bool"),
+    (RNN, [*DIGITS, "--cell", "qrnn"], "--cell", "lstm"),
+    (RNN, [*DIGITS, "--hidden_size", "0"], "--hidden_size", "at least 1"),
+    (RNN, [*DIGITS, "--patience", "-1"], "--patience", "0 or more"),
+    (RNN, [*DIGITS, "--validation_fraction", "1"], "--validation_fraction", "between 0 and 1"),
+    (RNN, [*DIGITS, "--learning_rate", "-1"], "--learning_rate", "positive"),
+    (RNN, [*DIGITS, "--max_time", "1:00"], "--max_time", "DD:HH:MM:SS"),
+    (TUNE, [*DIGITS, "--n_trials", "0"], "--n_trials", "at least 1"),
+    (TUNE, [*DIGITS, "--timeout", "-1"], "--timeout", "positive"),
+    (TUNE, [*DIGITS, "--heartbeat", "0"], "--heartbeat", "at least 2"),
+    (TUNE, [*DIGITS, "--cell", "all"], "--cell", "lstm"),
+    (TUNE, [*DIGITS, "--storage", "nonsense://x"], "--storage", "check the URL"),
+    (SIMCLR, [*DIGITS, "--lerning_rate", "1"], "--lerning_rate", "--help"),
+    (
+        SIMCLR,
+        [*DIGITS, "--epoch", "3"],
+        "--epoch",
+        "--help",
+    ),
+    (SIMCLR, [*DIGITS, "digits"], "digits", "--help"),
+    (RNN, [*DIGITS, "--devices", "2"], "--devices", "--help"),
+    (SIMCLR, [*DIGITS, "--checkpoint", "imagenet.pt"], "--checkpoint", "leave it out"),
+    (SIMCLR, ["--config", "nowhere.yaml"], "nowhere.yaml", "cannot be read"),
+    (SIMCLR, ["--config", "empty"], "--config empty", "cannot be read"),
+    *[(SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "plain values") for n in ("damaged", "code", "tab", "binary")],
+    *[(SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "key: value") for n in ("list", "word", "nothing")],
+    (SIMCLR, ["--config", "unknown.yaml"], "batchsize", "unknown key"),
+    *[(RNN, ["--config", f"{n}.yaml"], "--epochs", "int") for n in ("nested", "type")],
+    (RNN, ["--config", "null.yaml"], "--epochs", "must have a value"),
+    (RNN, ["--config", "range.yaml"], "--epochs", "at least 1"),
+    (RNN, ["--config", "date.yaml"], "--seed", "int"),
+    (SIMCLR, ["--dataset", "mnist"], "--dataset mnist", "cifar10"),
+    (SIMCLR, ["--dataset", ""], "--dataset", "name a data set"),
+    (SIMCLR, ["--dataset", "afile"], "--dataset afile", "cifar10"),
+    (SIMCLR, ["--dataset", "empty"], "--dataset empty", "train/<class>/"),
+    (SIMCLR, ["--dataset", "hidden"], "--dataset hidden", "train/<class>/"),
+    (SIMCLR, ["--dataset", "noimages"], "noimages/train", "no images in"),
+    (SIMCLR, ["--dataset", "oneclass"], "oneclass", "needs two"),
+    (SIMCLR, ["--dataset", "newclass"], "newclass", "train/ lacks: z"),
+    *[
+        (SIMCLR, ["--dataset", name], file, "replace or remove it")
+        for name, file in (
+            ("broken", "broken/train/x/text.png"),
+            ("zero", "zero/test/y/nothing.png"),
+            ("cut", "cut/train/x/cut.png"),
+            ("huge", "huge/train/x/huge.png"),
+            ("float", "float/train/y/float.tiff"),
+        )
+    ],
+    (SIMCLR, ["--dataset", "notest", "--batch_size", "2"], "notest", "--stages pretrain"),
+    (RNN, ["--dataset", "notest", "--batch_size", "2"], "notest", "notest/test/<class>"),
+    (TUNE, ["--dataset", "oneclass"], "oneclass", "needs two"),
+    (TUNE, ["--dataset", "few"], "--dataset few", "too few for batch size 256"),
+    (RNN, ["--dataset", "cifar10", "--data_dir", "afile"], "--data_dir afile", "name another folder"),
+    (SIMCLR, [*DIGITS, "--batch_size", "5000"], "--batch_size 5000", "take at most 1438"),
+    (SIMCLR, [*DIGITS, "--batch_size", "1000", "--devices", "2"], "--batch_size 1000", "take at most 719"),
+    (RNN, [*DIGITS, "--batch_size", "5000"], "--batch_size 5000", "take at most 1295"),
+    (SIMCLR, [*KNN, "nowhere.pt"], "nowhere.pt", "no such file"),
+    (SIMCLR, [*KNN, "empty"], "--checkpoint empty", "no such file"),
+    *[(SIMCLR, [*KNN, file], file, "take another") for file in ("text.pt", "nothing.pt", "code.pt", "list.pt")],
+    *[(SIMCLR, [*KNN, file], file, "--encoder and --stem") for file in ("imagenet.pt", "rnn.ckpt")],
+    (SIMCLR, [*DIGITS, "--output_dir", "full"], "--output_dir full", "take a new folder"),
+    (SIMCLR, [*DIGITS, "--output_dir", "afile"], "--output_dir afile", "take another folder"),
+    (RNN, [*DIGITS, "--output_dir", "afile/x"], "--output_dir afile/x", "take another folder"),
+    (RNN, ["--resume"], "--resume", "give the run's folder"),
+    (RNN, ["--resume", "empty"], "--resume empty", "no run there"),
+    (RNN, ["--resume", "nowhere"], "--resume nowhere", "no run there"),
+    (RNN, ["--resume", "other"], "--resume other", "not one of this script"),
+    (RNN, ["--resume", "badconfig"], "badconfig/config.yaml", "plain values"),
+    (RNN, ["--resume", "codeconfig"], "codeconfig/config.yaml", "plain values"),
+    (RNN, ["--resume", "ends", "--seed", "4", "--cell", "gru"], "--seed 0 and --cell rnn", "leave it out"),
+    (RNN, ["--resume", "ends", "--epochs", "2"], "--epochs 3", "leave it out"),
+    (RNN, ["--resume", "codecheckpoint"], "codecheckpoint/checkpoints", "start afresh"),
+    (TUNE, ["--resume", "study"], "study/study.db", "check the URL"),
+]
+
+
+def test_the_table_is_long_enough():
+    assert len(BAD) >= 100
+
+
+@pytest.mark.parametrize(("script", "flags", "culprit", "remedy"), BAD)
+def test_bad_input_is_one_line_and_changes_nothing(script, flags, culprit, remedy, bad_place, run_here):
+    before = {path: path.read_bytes() for path in bad_place.rglob("*") if path.is_file()}
+    done = run_here(script, *flags, cwd=bad_place)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: ")
+    assert culprit in line
+    assert remedy in line
+    after = {path: path.read_bytes() for path in bad_place.rglob("*") if path.is_file()}
+    assert before.items() <= after.items()
+    assert all("data/cache" in str(path) for path in after.keys() - before.keys()), "decoded images may be kept"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_where_there_is_none(run, tmp_path):
+    """As a real process: exit status, one line on stderr, no traceback, nothing written."""
+    done = run("rnn.py", "--dataset", "digits", "--accelerator", "cuda", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--accelerator cuda" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Fuzzing
+# ------------------------------------------------------------------------------------------------
+
+settings.register_profile("fuzz", deadline=None, derandomize=True)
+QUICK = settings(
+    settings.get_profile("fuzz"), max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+FIELDS = sorted(simCLR.Config.__dataclass_fields__)
+SCALARS = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12)),
+    st.sampled_from(["1e3", "0x10", "~", "yes", "16:0.5,32:1", "-0", "digits", "../..", "{}", "[", "null", "\x00"]),
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+
+
+def is_one_line(error):
+    return len(str(error).splitlines()) == 1 and str(error).strip()
+
+
+def parses_or_says_why(flags):
+    """A configuration that is valid, or one line: nothing else may come out of the parser."""
+    with contextlib.suppress(SystemExit):  # --help and --print_config
+        try:
+            config = fn.parse_config(simCLR.Config, flags)
+        except fn.UserError as error:
+            return is_one_line(error)
+        config.validate()
+        saved = yaml.safe_load(fn.as_yaml(config))
+        return all(saved[k] == v for k, v in vars(config).items() if k not in config.of_the_session)
+    return True
+
+
+@QUICK
+@given(values=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, max_size=4))
+def test_any_yaml_is_a_configuration_or_one_line(values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
+    assert parses_or_says_why(["--config", "c.yaml"])
+
+
+@QUICK
+@given(data=st.binary(max_size=200))
+def test_any_bytes_as_yaml_are_a_configuration_or_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_bytes(data)
+    assert parses_or_says_why(["--config", "c.yaml"])
+
+
+WORDS = st.sampled_from([f"--{name}" for name in FIELDS]) | st.text(string.printable, max_size=10) | SCALARS.map(str)
+
+
+@QUICK
+@given(flags=st.lists(WORDS, max_size=4))
+def test_any_flags_are_a_configuration_or_one_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parses_or_says_why(flags)
+
+
+NAMES = st.text(st.characters(blacklist_characters="/\x00", blacklist_categories=("Cs",)), min_size=1, max_size=8)
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+
+
+@settings(settings.get_profile("fuzz"), max_examples=60)
+@given(
+    files=st.lists(st.tuples(NAMES, st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 40)), max_size=5),
+    junk=st.none() | st.tuples(NAMES, st.binary(max_size=60)),
+    cut=st.booleans(),
+)
+def test_any_folder_is_decoded_or_one_line(files, junk, cut, tmp_path_factory):
+    """Images of any name, format and size, perhaps a file that is none, perhaps one cut short."""
+    folder = tmp_path_factory.mktemp("fuzz") / "images"
+    folder.mkdir()
+    for i, (name, kind, width, height) in enumerate(files):
+        file = folder / f"{i}{name}"[:200]
+        Image.new("RGB", (width, height), (i, 2 * i, 255)).save(file, format=kind)
+        if cut and i == 0:
+            file.write_bytes(file.read_bytes()[:-10])
+    if junk is not None:
+        (folder / f"z{junk[0]}").write_bytes(junk[1])
+    said, data = [], None
+    try:
+        data = fn.load_dataset(str(folder), folder.parent / "data", 8)
+    except fn.UserError as error:
+        said.append(str(error))
+    assert all(str(folder) in line for line in said)
+    if data is None:
+        return
+    assert data.train_images.shape == (len(list(folder.iterdir())), 3, 8, 8)
+    assert data.train_images.dtype == torch.uint8
+    again = fn.load_dataset(str(folder), folder.parent / "data", 8)
+    assert torch.equal(data.train_images, again.train_images)
