@@ -1057,7 +1057,7 @@ def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoin
             raise KeyboardInterrupt from None
         raise
     except RuntimeError as error:
-        if trainer.world_size > 1 and "closed by peer" in str(error):
+        if trainer.world_size > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
             raise UserError("another process of this training was lost: go on with --resume") from None
         raise
     if not trainer.is_global_zero:
