@@ -104,16 +104,21 @@ class RunConfig:
         size = self.image_size
         check(size is None or 4 <= size <= 1024, f"--image_size must be between 4 and 1024 pixels, got {size}")
         resolve_device(self.accelerator)
-        if self.output_dir is not None and self.resume is None and is_first_process():
+        if self.output_dir is not None and self.resume is None and is_first_process(self):
             check_output_dir(Path(self.output_dir))
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together, each on a device."""
+        return 1
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def is_first_process() -> bool:
-    """Whether this process is the first of those that share a training on several devices: it prints and writes."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+def is_first_process(config: RunConfig) -> bool:
+    """Whether this process is the first of those that train together: it alone prints and writes."""
+    return config.processes == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
 class OneLineParser(jsonargparse.ArgumentParser):
@@ -128,10 +133,10 @@ class OneLineParser(jsonargparse.ArgumentParser):
         raise UserError(" ".join(message.split()))
 
 
-def launched_from_outside() -> bool:
-    """Whether torchrun or SLURM has started this process as one of several."""
+def started_together() -> int | None:
+    """How many processes torchrun or SLURM started together, this one among them; None where neither did."""
     environment = next((e for e in (TorchElasticEnvironment, SLURMEnvironment) if e.detect()), None)
-    return environment is not None and environment().world_size() > 1
+    return environment().world_size() if environment is not None else None
 
 
 def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
@@ -198,10 +203,11 @@ def check_yaml(file: Path) -> None:
 def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None) -> NoReturn:
     """Run `main(config)` as a program: user errors and Ctrl-C end in one line on stderr, without a traceback."""
     script = Path(sys.argv[0]).name
-    if not is_first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
     try:
-        main(parse_config(config_class, sys.argv[1:], description))
+        config = parse_config(config_class, sys.argv[1:], description)
+        if not is_first_process(config):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
+        main(config)
     except (UserError, OSError) as error:  # an OSError names its file, such as a folder that may not be read
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -290,7 +296,7 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
     Raises UserError when the folder cannot be made, already holds something, or is another process's.
     """
     script = Path(sys.argv[0]).stem
-    if not is_first_process():
+    if not is_first_process(config):
         yield Path(config.resume or config.output_dir or "")
         return
     folder = Path(config.resume) if config.resume else _new_folder(script, config)

@@ -161,14 +161,21 @@ class Config(RunConfig):
         device = fn.resolve_device(self.accelerator)
         here = torch.cuda.device_count() if device == "cuda" else (1 if device == "mps" else os.cpu_count() or 1)
         check(self.devices <= here, f"--devices {self.devices}: this machine has {here} for --accelerator {device}")
-        if fn.launched_from_outside():
+        started = fn.started_together()
+        if self.processes > 1 and started is not None:
+            wanted = f"--devices {self.devices} on --num_nodes {self.num_nodes} are {self.processes} processes"
+            check(started == self.processes, f"{wanted}, but {started} were started: make them agree")
             named = self.output_dir is not None or self.resume is not None
-            check(named, "--output_dir must be given: the processes of several nodes have to agree on the run's folder")
+            check(named, "--output_dir must be given: processes started together have to agree on the run's folder")
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.num_nodes
 
     @property
     def effective_batch_size(self) -> int:
         """N over all devices."""
-        return self.batch_size * self.devices * self.num_nodes
+        return self.batch_size * self.processes
 
     @property
     def base_learning_rate(self) -> float:
@@ -499,8 +506,9 @@ class Pretraining(lightning.LightningModule):
     def __init__(self, model: SimCLRModel, images: Tensor, monitor: tuple[Any, ...] | None, config: Config) -> None:
         super().__init__()
         self.model, self.config, self.monitor = model, config, monitor
-        ranks = config.devices * config.num_nodes
-        self.batches = Batches(images, batch_size=config.batch_size, seed=config.seed, drop_last=True, ranks=ranks)
+        self.batches = Batches(
+            images, batch_size=config.batch_size, seed=config.seed, drop_last=True, ranks=config.processes
+        )
         self.normalize = fn.Normalize(images)
         self.crop_sizes = crop_schedule(config.crop_size)
         self.features: list[Tensor] = []
@@ -962,7 +970,7 @@ def main(config: Config) -> None:
         data.labelled()  # fails now rather than after hours of pretraining
     n = len(data.pretraining_images)
     check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
-    most = n // (config.devices * config.num_nodes)
+    most = n // config.processes
     too_many = f"--batch_size {config.batch_size} is too large for the {n:,} images of {data.name}: take at most {most}"
     check(config.batch_size <= most or "pretrain" not in stages, too_many)
 
@@ -982,7 +990,7 @@ def main(config: Config) -> None:
     with fn.run_folder(config) as folder:
         results: dict[str, Any] = {}
         if "pretrain" in stages:
-            if fn.is_first_process():
+            if fn.is_first_process(config):
                 plot_views(data, config, folder / "views.png")
             results["pretrain"] = pretrain(model, data, config, folder)
         if stages != ["pretrain"]:

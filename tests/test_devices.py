@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,56 @@ def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp
     first, second = ({p.name for p in f.iterdir()} for f in (tmp_path / "out", whole_batch))
     assert first == second
     assert len(list((tmp_path / "out").rglob("events.out.tfevents*"))) == 1, "the first process alone writes"
+
+
+def torchrun(nodes, port, flags, cwd):
+    """Start `torchrun` for one of so many nodes, all of which are this machine, with a process each."""
+    words = ["--nnodes", nodes, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, ROOT / "simCLR.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, **pipes)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+def test_two_nodes_started_by_torchrun_are_one_with_twice_the_batch(whole_batch, tmp_path):
+    flags = [*ONE_STEP, *PLAIN, "--batch_size", 360, "--num_nodes", 2, "--output_dir", "out"]
+    port = free_port()
+    nodes = [torchrun(2, port, flags, tmp_path) for _ in range(2)]
+    texts = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert sum("epoch 1/1" in out for out, _ in texts) == 1
+    assert "batch 720 = 360 x 1 devices x 2 nodes" in "".join(out for out, _ in texts)
+    assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
+    ours, whole = gradient(tmp_path / "out"), gradient(whole_batch)
+    assert float((ours - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("started", "flags", "named"),
+    [
+        (2, ["--devices", "2"], "--output_dir must be given"),
+        (4, ["--devices", "2", "--output_dir", "x"], "4 were started"),
+        (1, ["--num_nodes", "2", "--output_dir", "x"], "1 were started"),
+    ],
+)
+def test_processes_started_together_must_agree(started, flags, named, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": started, "GROUP_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    with pytest.raises(fn.UserError, match=named):
+        fn.parse_config(simCLR.Config, ["--dataset", "digits", "--accelerator", "cpu", *flags])
+    assert fn.parse_config(rnn.Config, ["--dataset", "digits"]), "one device: each process is a run of its own"
 
 
 def runs(pid):
