@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -59,6 +60,10 @@ class UserError(Exception):
 
 class Diverged(UserError):
     """The loss is no longer finite."""
+
+
+class CannotWrite(UserError):
+    """A file could not be written: the disk is full, say."""
 
 
 class TimeIsUp(Exception):
@@ -134,9 +139,15 @@ class OneLineParser(jsonargparse.ArgumentParser):
 
 
 def started_together() -> int | None:
-    """How many processes torchrun or SLURM started together, this one among them; None where neither did."""
+    """How many processes torchrun or SLURM started together, this one among them; None where neither did.
+
+    Raises UserError for a SLURM job without --ntasks-per-node.
+    """
     environment = next((e for e in (TorchElasticEnvironment, SLURMEnvironment) if e.detect()), None)
-    return environment().world_size() if environment is not None else None
+    try:
+        return environment().world_size() if environment is not None else None
+    except RuntimeError as error:  # Lightning's, of SLURM's variables
+        raise UserError(f"--devices: {' '.join(str(error).split())}") from None
 
 
 def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
@@ -205,7 +216,9 @@ def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], d
     script = Path(sys.argv[0]).name
     try:
         config = parse_config(config_class, sys.argv[1:], description)
-        if not is_first_process(config):
+        if config.processes == 1:
+            rank_zero_only.rank = 0  # type: ignore[attr-defined] # started by srun, say, but a run of its own
+        elif not is_first_process(config):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
         main(config)
     except (UserError, OSError) as error:  # an OSError names its file, such as a folder that may not be read
@@ -214,7 +227,7 @@ def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], d
     except TimeIsUp as time_is_up:
         print(f"--max_time is over; {time_is_up}")
     except KeyboardInterrupt as interrupt:
-        how = interrupt.args[0] if interrupt.args else "nothing was saved yet"
+        how = interrupt.args[0] if interrupt.args else "nothing new was saved yet"
         print(f"\n{script}: interrupted; {how}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
@@ -229,7 +242,8 @@ def newest_run(script: str, runs: Path = Path("runs")) -> Path:
     """The most recently changed run folder of `script` below `runs`. Raises UserError when there is none."""
     found = [path.parent for path in runs.glob(f"{script}-*/config.yaml")]
     check(bool(found), f"--resume: no run of {script} in {runs}/; give the run's folder, --resume DIR")
-    return max(found, key=lambda folder: max(path.stat().st_mtime for path in folder.rglob("*")))
+    # A folder changes when a file in it is renamed or made: the run's own, or its checkpoints'.
+    return max(found, key=lambda run: max(path.stat().st_mtime for path in (run, *run.glob("**/checkpoints"))))
 
 
 def finished(config: RunConfig) -> bool:
@@ -250,24 +264,27 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     Raises BlockingIOError if another is there and `wait` is false. Where a file system knows no locks, there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        import fcntl  # not on Windows
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # not on Windows
 
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except (ImportError, OSError):
-        pass
-    try:
+            file = stack.enter_context(open(folder / ".lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f"waiting for another process that is at work in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
         yield
-    finally:
-        os.close(handle)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all: aside, synced to disk, then renamed over the old one. Raises UserError."""
+    """Write a file whole or not at all: aside, synced to disk, then renamed over the old one. Raises CannotWrite."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
@@ -277,7 +294,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         os.replace(aside, path)
     except OSError as error:  # which does not name the file when the disk is full
         problem = f"{path} could not be written ({error.strerror}); what was written before is whole"
-        raise UserError(f"{problem}: make room or give access there, then go on with --resume") from None
+        raise CannotWrite(f"{problem}: make room, or give access there") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -293,6 +310,9 @@ def save_torch(path: Path, value: Any) -> None:
 def run_folder(config: RunConfig) -> Iterator[Path]:
     """Make (or, when resuming, reopen) the run's folder with its config.yaml; an end before time says how to resume.
 
+    Takes away the results.json of an end that is one no more, and leaves in sys.argv how to join this run: that is what
+    Lightning starts the processes of further devices with.
+
     Raises UserError when the folder cannot be made, already holds something, or is another process's.
     """
     script = Path(sys.argv[0]).stem
@@ -307,13 +327,15 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
             raise UserError(f"--resume {folder}: another process is at work there; wait for it, or stop it") from None
         for leftover in folder.rglob(".*.part"):  # of a process killed while it wrote
             leftover.unlink()
-        (folder / "results.json").unlink(missing_ok=True)  # of an end that is one no more
+        (folder / "results.json").unlink(missing_ok=True)
         save_config(folder / "config.yaml", config)
         print(f"writing to {folder}")
-        sys.argv[1:] = ["--resume", str(folder)]  # how Lightning is to start the processes of further devices
+        sys.argv[1:] = ["--resume", str(folder)]
         how = f"continue with: python {script}.py --resume {folder}"
         try:
             yield folder
+        except CannotWrite as error:
+            raise CannotWrite(f"{error}, then {how}") from None
         except TimeIsUp:
             raise TimeIsUp(how) from None
         except KeyboardInterrupt:
@@ -340,7 +362,7 @@ def check_output_dir(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usable = existing.is_dir() and os.access(existing, os.W_OK)
     check(usable, f"--output_dir {folder} cannot be made or written to (because of {existing}): take another folder")
-    full = folder.is_dir() and any(not path.name.endswith(".part") for path in folder.iterdir())
+    full = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     check(not full, f"--output_dir {folder} is not empty: take a new folder, or go on with --resume {folder}")
 
 
@@ -809,14 +831,18 @@ def newest_sound(checkpoint: Path) -> Path | None:
             continue
         if path != there[0]:
             print(f"warning: {there[0]} is damaged; going on from {path}", file=sys.stderr)
+            there[0].unlink()  # lest it take the place of the sound one before it
         return path
     check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; start afresh, without --resume")
     return None
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint as data, on the CPU: one that holds code is refused. Raises UserError."""
+    """Read a checkpoint as data, on the CPU: one that holds code, or whose checksums are wrong, raises UserError."""
     try:
+        with zipfile.ZipFile(file) as archive:  # PyTorch writes checksums, but does not compare them
+            if archive.testzip() is not None:
+                raise ValueError
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can fail in many ways
         raise UserError(f"{file} is damaged, or no checkpoint of plain data: take another, or start afresh") from None
@@ -825,16 +851,25 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 class Checkpoints(Checkpoint):
     """Saves last.ckpt after every epoch, and best.ckpt when the `best` metric is higher than in all epochs before.
 
-    What was best is read from the log, whose rows travel in the checkpoint: a resumed or moved run remembers it.
+    What was best is read from the log, whose rows travel in last.ckpt, as do the best weights: what a resumed run
+    believes to be the best is what it has, whatever became of best.ckpt.
     """
 
     def __init__(self, folder: Path, log: EpochLog, best: str | None = None) -> None:
         self.folder, self.epoch_log, self.best = folder, log, best
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_weights": self.best_weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_weights = state_dict["best_weights"]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.best is not None:
             *earlier, newest = [row[self.best] for row in self.epoch_log.rows]
             if all(newest > value for value in earlier):
+                self.best_weights = {name: value.cpu().clone() for name, value in pl_module.state_dict().items()}
                 trainer.save_checkpoint(self.folder / "best.ckpt")
         trainer.save_checkpoint(self.folder / "last.ckpt")  # after it: a run killed in between redoes this epoch
 
@@ -852,7 +887,10 @@ class EpochSeed(Callback):
 
 
 class TimeLimit(Callback):
-    """--max_time, counted from the start of the program: training ends after the last epoch that fits, and is saved."""
+    """--max_time, counted from the start of the program: training ends after the last epoch that fits, and is saved.
+
+    One epoch is trained in any case: a run that is resumed again and again comes to its end.
+    """
 
     def __init__(self, max_time: str | None, log: EpochLog) -> None:
         self.end, self.epoch_log = STARTED + (parse_duration(max_time) if max_time else math.inf), log
@@ -879,8 +917,8 @@ class EpochLog(Callback):
     The rows travel in the checkpoint, so that a resumed run's metrics.csv has every epoch exactly once.
     """
 
-    def __init__(self, file: Path | None = None, quiet: bool = False) -> None:
-        self.file, self.quiet = file, quiet
+    def __init__(self, file: Path | None = None, quiet: bool = False, rate: str = "--learning_rate") -> None:
+        self.file, self.quiet, self.rate = file, quiet, rate  # rate: the flag to lower when the loss diverges
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -903,15 +941,14 @@ class EpochLog(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The loss of the step before: a GPU has it ready, while it is still at work on this one.
-        self.check_finite(trainer)
-        self.to_check.append((trainer.global_step, self.step_rate, outputs["loss"].detach()))
-        n = len(batch[0])
+        n, last, loss = len(batch[0]), batch_idx + 1 == trainer.num_training_batches, outputs["loss"].detach()
+        self.to_check.append((trainer.global_step, self.step_rate, loss))
+        if last or loss.device.type == "cpu" or len(self.to_check) == 50:  # to look is to wait for the GPU
+            self.check_finite(trainer)
         for name, value in outputs.items():  # what training_step returned; `self.log` there costs a tenth of a step
             self.sums[name] = self.sums.get(name, 0) + n * value.detach()
         self.images += n
-        if batch_idx + 1 == trainer.num_training_batches:  # to fetch the sums is to wait for the GPU
-            self.check_finite(trainer)
+        if last:
             self.means = {
                 f"train_{name}": float(trainer.strategy.reduce(total, reduce_op="mean")) / self.images
                 for name, total in self.sums.items()
@@ -920,15 +957,15 @@ class EpochLog(Callback):
 
     def check_finite(self, trainer: lightning.Trainer) -> None:
         """Raise Diverged if a loss that was kept for it is not finite."""
-        while self.to_check:
-            step, rate, loss = self.to_check.pop()
+        to_check, self.to_check = self.to_check, []
+        for step, rate, loss in to_check:
             if not math.isfinite(loss):
                 self.diverged(trainer, f"step {step}, learning rate {rate:g}")
 
     def diverged(self, trainer: lightning.Trainer, where: str) -> NoReturn:
         saved = self.file.with_name("checkpoints") / "last.ckpt" if self.file and self.rows else "none"
-        where = f"epoch {trainer.current_epoch + 1}, {where}"
-        raise Diverged(f"the loss is not finite ({where}): lower --learning_rate; last good checkpoint: {saved}")
+        where = f"epoch {trainer.current_epoch + 1}, {where}; last good checkpoint: {saved}"
+        raise Diverged(f"the loss is not finite ({where}): start a new run with a lower {self.rate}")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
@@ -1053,8 +1090,8 @@ def quiet_libraries() -> None:
 def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
     """`trainer.fit`, from `checkpoint` if it is there. Ctrl-C stays KeyboardInterrupt, where Lightning exits.
 
-    Of several processes, all but the first end here. Raises TimeIsUp when --max_time ended the training, UserError
-    when it diverged, and when another process of it was lost.
+    Of several processes, all but the first end here, by SystemExit. Raises TimeIsUp when --max_time ended the training,
+    UserError when it diverged, and when another process of it was lost.
     """
     try:
         trainer.fit(module, ckpt_path=newest_sound(checkpoint) if checkpoint else None, weights_only=True)
@@ -1062,10 +1099,19 @@ def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoin
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    except RuntimeError as error:
-        if trainer.world_size > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-            raise UserError("another process of this training was lost: go on with --resume") from None
+    except UserError:
+        if not trainer.is_global_zero:
+            sys.exit(2)  # the first process says why
         raise
+    except RuntimeError as error:
+        lost = "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
+        if not (trainer.world_size > 1 and torch.distributed.is_initialized() and lost):
+            raise
+        if not trainer.is_global_zero:
+            sys.exit(2)
+        raise UserError("another process of this training was lost: go on with --resume") from None
+    if trainer.world_size > 1:
+        torch.distributed.destroy_process_group()  # what follows is the first process's alone
     if not trainer.is_global_zero:
         sys.exit(0)
     if trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
@@ -1212,7 +1258,8 @@ def save_figure(figure: Figure, file: Path) -> None:
     """Save as PNG and print its path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script
-        figure.savefig(file, dpi=120)
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+    write_atomically(file, buffer.getbuffer())
     print(f"  figure {file}")
 
 

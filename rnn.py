@@ -66,7 +66,7 @@ class Config(RunConfig):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast: about twice as fast for the LSTM on CPUs with AMX"""
     max_time: str | None = None
-    """end after the last epoch that fits into DD:HH:MM:SS, to go on later with --resume"""
+    """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on later with --resume"""
 
     may_grow = ("epochs",)  # the learning rate falls when the validation loss says so, however many epochs there are
 
@@ -215,7 +215,8 @@ def train(
         config, config.epochs, callbacks, folder=folder, log=log, checkpoint=checkpoint, max_time=config.max_time
     )
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
-    module.load_state_dict(fn.load_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"])
+    assert checkpoint.best_weights is not None
+    module.load_state_dict(checkpoint.best_weights)
     return module, log
 
 

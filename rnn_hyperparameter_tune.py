@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -102,52 +103,36 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
 # ------------------------------------------------------------------------------------------------
 
 
+class NotCounted(Exception):
+    """Ends a trial that is not part of the study: one beyond --n_trials, or one that another worker has taken over."""
+
+
 def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     """Train the trial's configuration; returns its lowest validation loss. A trial that diverges counts as pruned.
 
-    What fails in itself (out of memory, say) is noted as the trial's error: it is not tried again.
+    One that runs out of memory fails and is not tried again; any other error ends this worker, and the trial is
+    another's. Raises NotCounted.
     """
     import optuna
     from optuna_integration import PyTorchLightningPruningCallback
 
     if place_in_study(trial.study, trial.number) >= config.n_trials:
-        raise Superfluous  # several workers took up the last trial at the same moment
+        raise NotCounted  # several workers took up the last trial at the same moment
     drawn = suggest(trial, config)
     trial.set_user_attr("drawn", True)
+    pruning = PyTorchLightningPruningCallback(trial, monitor="validation_loss")
     try:
-        _, log = rnn.train(
-            drawn,
-            config.cell,
-            splits,
-            callbacks=[PyTorchLightningPruningCallback(trial, monitor="validation_loss")],
-        )
+        _, log = rnn.train(drawn, config.cell, splits, callbacks=[pruning])
     except fn.Diverged as diverged:
         raise optuna.TrialPruned(str(diverged)) from None
-    except RuntimeError as error:
-        trial.set_user_attr("error", str(error))
-        raise
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises a plain RuntimeError on the CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        trial.set_user_attr("error", f"out of memory: {error}")
+        raise MemoryError from None
     finally:
         gc.collect()  # Lightning's objects refer to each other: let a trial's memory go before the next
     return min(row["validation_loss"] for row in log.rows)
-
-
-class Superfluous(Exception):
-    """A trial beyond --n_trials."""
-
-
-def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """TPE whose draws follow from the seed, the trial's place in the study and the trials before it.
-
-    So a study that was interrupted and resumed draws what it would have drawn.
-    """
-    import optuna
-
-    class Sampler(optuna.samplers.TPESampler):
-        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            super().__init__(seed=fn.mix_seed(seed, place_in_study(study, trial.number)) % 2**32)
-            super().before_trial(study, trial)
-
-    return Sampler()
 
 
 def was_interrupted(trial: optuna.trial.FrozenTrial) -> bool:
@@ -165,12 +150,29 @@ def place_in_study(study: optuna.Study, number: int) -> int:
     return sum(trial.number < number for trial in counted(study))
 
 
+def make_sampler(config: Config) -> optuna.samplers.BaseSampler:
+    """TPE whose draws follow from the seed, the trials so far, and the trial's place in the study.
+
+    So a study that was interrupted draws what it would have drawn. In a shared one the trial's number stands for the
+    place, which may change while other workers are interrupted: no two trials there draw alike.
+    """
+    import optuna
+
+    class Sampler(optuna.samplers.TPESampler):
+        def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            place = trial.number if config.storage else place_in_study(study, trial.number)
+            super().__init__(seed=fn.mix_seed(config.seed, place) % 2**32)  # the public way to seed it anew
+            super().before_trial(study, trial)
+
+    return Sampler()
+
+
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Queue an interrupted trial's configuration again, if it had got so far as to have one."""
+    """Queue the configuration of a trial whose worker died again, unless it has cost three workers their life."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
     if "drawn" in trial.user_attrs:
-        RetryHeartbeatStaleTrialCallback()(study, trial)
+        RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
 
 def connect(url: str, config: Config) -> optuna.Study:
@@ -203,10 +205,9 @@ def open_study(config: Config, url: str) -> optuna.Study:
             if attempt < 3 and isinstance(error, sqlalchemy.exc.DBAPIError):
                 time.sleep(0.5 * 2**attempt)
                 continue
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise fn.UserError(f"--storage {url} cannot be opened ({reason}): check the URL") from None
-    claim(study, config)
-    study.sampler = make_sampler(config.seed)
+            raise fn.UserError(f"--storage {database_error(url, error)}: check the URL") from None
+    require_same_task(study, config)
+    study.sampler = make_sampler(config)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     if not config.storage:  # nobody else can be at work on it: what seems to run was killed
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
@@ -214,14 +215,23 @@ def open_study(config: Config, url: str) -> optuna.Study:
     return study
 
 
-def claim(study: optuna.Study, config: Config) -> None:
-    """Note what the study is about, or, if that is noted already, raise UserError where it is something else."""
-    about = {key: getattr(config, key) for key in ("dataset", "image_size", "cell", "epochs", "validation_fraction")}
-    noted = study.user_attrs.get("about")
+def database_error(url: str, error: Exception) -> str:
+    """One line about a database that fails, without the password that its URL may hold."""
+    password = re.search(r"//[^/@]*:([^/@]+)@", url)
+    reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    text = f"{url} cannot be used ({reason})"
+    return text.replace(password[1], "***") if password else text
+
+
+def require_same_task(study: optuna.Study, config: Config) -> None:
+    """Note in a new study what it is about; raise UserError if an older one is about something else."""
+    keys = ("dataset", "image_size", "cell", "epochs", "validation_fraction", "seed", "precision")
+    task = {key: getattr(config, key) for key in keys}
+    noted = study.user_attrs.get("task")
     if noted is None:
-        study.set_user_attr("about", about)
+        study.set_user_attr("task", task)
         return
-    other = [f"--{key} {noted.get(key)}" for key in about if noted.get(key) != about[key]]
+    other = [f"--{key} {noted.get(key)}" for key in keys if noted.get(key) != task[key]]
     check(not other, f"--study_name {config.study_name} has trials with {', '.join(other)}: name another study")
 
 
@@ -244,28 +254,53 @@ def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: 
 
 def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
     """Run the trials that are missing, one after the other; those that other workers have begun are waited for."""
-    import optuna
-
     deadline = time.monotonic() + (config.timeout or math.inf)
-    waiting = False
+    seen: dict[int, float] = {}
     while time.monotonic() < deadline:
-        states = [trial.state.name for trial in counted(study)]
+        trials = counted(study)
+        states = [trial.state.name for trial in trials]
         if "WAITING" in states or len(states) < config.n_trials:
-            study.optimize(
-                lambda trial: objective(trial, splits, config),
-                n_trials=1,
-                callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
-                catch=(RuntimeError, Superfluous),
-            )
+            run_trial(study, splits, config)
         elif "RUNNING" not in states:
             print(f"all {config.n_trials} trials are done")
             return
         else:
-            if not waiting:
-                print(f"waiting for other workers: {states.count('RUNNING')} trials", flush=True)
-            waiting = True
-            time.sleep(1)
-            optuna.storages.fail_stale_trials(study)
+            if not seen:
+                print(f"waiting for {states.count('RUNNING')} trials of other workers", flush=True)
+            seen = {t.number: seen.get(t.number, time.monotonic()) for t in trials if t.state.name == "RUNNING"}
+            wait_for_others(study, seen, config)
+    left = config.n_trials - sum(trial.state.is_finished() for trial in counted(study))
+    print(f"--timeout is over; {left} of {config.n_trials} trials are missing: go on with --resume")
+
+
+def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
+    """Run one trial, whatever becomes of it."""
+    try:
+        study.optimize(
+            lambda trial: objective(trial, splits, config),
+            n_trials=1,
+            callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
+            catch=(MemoryError, NotCounted),
+        )
+    except ValueError as error:
+        if "Cannot tell" not in str(error):
+            raise
+        print("a trial was given to another worker, as this one gave no sign of life: raise --heartbeat", flush=True)
+
+
+def wait_for_others(study: optuna.Study, seen: dict[int, float], config: Config) -> None:
+    """Wait a second, then fail trials whose workers have died; `seen` tells since when a trial has been waited for.
+
+    Optuna does so by the heartbeats; a worker killed before its trial's first one is noticed by its drawing nothing.
+    """
+    import optuna
+
+    time.sleep(1)
+    optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        waited = time.monotonic() - seen.get(trial.number, time.monotonic())
+        if waited > config.heartbeat and "drawn" not in trial.user_attrs:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -322,6 +357,7 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     import optuna
+    import sqlalchemy.exc
 
     record = fn.start_record(config)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -341,9 +377,14 @@ def main(config: Config) -> None:
     )
     shared = open_study(config, config.storage) if config.storage else None  # before a folder is made for nothing
     with fn.run_folder(config) as folder:
-        study = shared or open_study(config, f"sqlite:///{folder / 'study.db'}")
-        run_study(study, splits, config)
-        fn.save_results(folder, record, **report(study, config, folder))
+        url = config.storage or f"sqlite:///{folder / 'study.db'}"
+        study = shared or open_study(config, url)
+        try:
+            run_study(study, splits, config)
+            fn.save_results(folder, record, **report(study, config, folder))
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            problem = f"--storage {database_error(url, error)}"
+            raise fn.UserError(f"{problem}: mend that, then go on with --resume {folder}") from None
 
 
 if __name__ == "__main__":

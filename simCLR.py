@@ -92,7 +92,7 @@ class Config(RunConfig):
     num_nodes: int = 1
     """machines to train on, each with that many devices"""
     max_time: str | None = None
-    """end pretraining after the last epoch that fits into DD:HH:MM:SS, to go on later with --resume"""
+    """end pretraining after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with --resume"""
     temperature: float = 0.5
     """tau in NT-Xent"""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -161,12 +161,19 @@ class Config(RunConfig):
         device = fn.resolve_device(self.accelerator)
         here = torch.cuda.device_count() if device == "cuda" else (1 if device == "mps" else os.cpu_count() or 1)
         check(self.devices <= here, f"--devices {self.devices}: this machine has {here} for --accelerator {device}")
-        started = fn.started_together()
-        if self.processes > 1 and started is not None:
-            wanted = f"--devices {self.devices} on --num_nodes {self.num_nodes} are {self.processes} processes"
-            check(started == self.processes, f"{wanted}, but {started} were started: make them agree")
-            named = self.output_dir is not None or self.resume is not None
-            check(named, "--output_dir must be given: processes started together have to agree on the run's folder")
+        if self.processes > 1:
+            self.validate_start(fn.started_together())
+
+    def validate_start(self, started: int | None) -> None:
+        """Check that as many processes were `started` by torchrun or SLURM, if by them, as are wanted."""
+        wanted = f"--devices {self.devices} on --num_nodes {self.num_nodes} are {self.processes} processes"
+        if started is None:
+            check(self.num_nodes == 1, f"{wanted}: start them with torchrun or srun, on each node as many as devices")
+            return
+        how = f"torchrun --nproc_per_node {self.devices}, or srun --ntasks-per-node {self.devices}"
+        check(started == self.processes, f"{wanted}, but {started} were started: use {how}")
+        named = self.output_dir is not None or self.resume is not None
+        check(named, "--output_dir must be given: processes started together have to agree on the run's folder")
 
     @property
     def processes(self) -> int:
@@ -706,7 +713,7 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
     except Exception:  # a damaged file can fail in many ways
         raise UserError(f"--checkpoint {file} is damaged, or no checkpoint at all: take another file") from None
     expected = {name: value.shape for name, value in encoder.state_dict().items()}
-    other = f"--checkpoint {file} is of another encoder: give the --encoder and --stem it was trained with"
+    other = f"--checkpoint {file} is of another encoder: give the --encoder, --stem and --norm it was trained with"
     check(found == expected, other)
     encoder.load_state_dict(state)
 
@@ -786,7 +793,7 @@ def train_probe(classifier: nn.Linear, features: Features, config: Config) -> li
         batch_size = min(config.probe_batch_size, len(train))
         batches = Batches(train, features.train_labels, batch_size=batch_size, seed=config.seed)
         held_out = Batches(test, features.test_labels, batch_size=5000)
-        log = fn.EpochLog(quiet=True)
+        log = fn.EpochLog(quiet=True, rate="--probe_learning_rate")
         trainer = fn.make_trainer(config, config.probe_epochs, log=log)
         fn.fit(trainer, Probe(model, batches, held_out, config.probe_learning_rate, config.probe_epochs))
         weight, bias, rows = model.weight.detach().cpu(), model.bias.detach().cpu(), log.rows

@@ -22,7 +22,8 @@ import simCLR
 # Views that are the images themselves: what devices and micro-batches draw differs, what they compute must not.
 PLAIN = ["--crop_scale", 1, "--flip", 0, "--jitter", 0, "--grayscale", 0]
 ONE_STEP = [
-    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 1, "--stem", "imagenet", "--norm", "group"],
+    *["--dataset", "digits", "--stages", "pretrain,probe", "--baselines", "false", "--probe_epochs", 1],
+    *["--epochs", 1, "--stem", "imagenet", "--norm", "group"],
     *["--accelerator", "cpu", "--precision", "fp32", "--hidden_dim", 64, "--embedding_dim", 32],
 ]
 
@@ -61,6 +62,7 @@ def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp
     assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
     ours, whole = gradient(tmp_path / "out"), gradient(whole_batch)
     assert float((ours - whole).norm() / whole.norm()) < 1e-5
+    assert "linear probe: train" in done.stdout
     first, second = ({p.name for p in f.iterdir()} for f in (tmp_path / "out", whole_batch))
     assert first == second
     assert len(list((tmp_path / "out").rglob("events.out.tfevents*"))) == 1, "the first process alone writes"
@@ -101,7 +103,7 @@ def test_two_nodes_started_by_torchrun_are_one_with_twice_the_batch(whole_batch,
     [
         (2, ["--devices", "2"], "--output_dir must be given"),
         (4, ["--devices", "2", "--output_dir", "x"], "4 were started"),
-        (1, ["--num_nodes", "2", "--output_dir", "x"], "1 were started"),
+        (1, ["--num_nodes", "2", "--output_dir", "x"], "1 were started: use torchrun"),
     ],
 )
 def test_processes_started_together_must_agree(started, flags, named, monkeypatch, tmp_path):
@@ -113,7 +115,24 @@ def test_processes_started_together_must_agree(started, flags, named, monkeypatc
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     with pytest.raises(fn.UserError, match=named):
         fn.parse_config(simCLR.Config, ["--dataset", "digits", "--accelerator", "cpu", *flags])
-    assert fn.parse_config(rnn.Config, ["--dataset", "digits"]), "one device: each process is a run of its own"
+
+
+def test_nodes_are_not_started_by_hand(tmp_path, monkeypatch):
+    with pytest.raises(fn.UserError, match="start them with torchrun or srun"):
+        fn.parse_config(simCLR.Config, ["--dataset", "digits", "--num_nodes", "2", "--output_dir", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("script", ["rnn.py", "simCLR.py"])
+def test_one_device_is_a_run_of_its_own_however_it_was_started(script, run_here, monkeypatch, tmp_path):
+    """As the second task of an srun, say: it trains, prints and writes all that it would alone."""
+    for name, value in {"SLURM_NTASKS": 2, "SLURM_PROCID": 1, "SLURM_JOB_NAME": "x", "RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(fn.rank_zero_only, "rank", 1)
+    flags = ["--stages", "pretrain", "--stem", "imagenet"] if script == "simCLR.py" else []
+    done = run_here(script, "--dataset", "digits", "--epochs", 1, "--output_dir", "out", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "epoch 1/1" in done.stdout
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
 def runs(pid):
@@ -233,14 +252,18 @@ def test_both_passes_see_the_same_views(monkeypatch):
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_batchnorm_counts_each_micro_batch_once():
-    """The first pass normalises by its batch but leaves the running statistics to the second."""
-    model, _, _ = one_step("batch", 16)
+def test_batchnorm_counts_each_micro_batch_once(monkeypatch):
+    """The first pass normalises by its batch but leaves the running statistics to the second: m <- 0.9 m + 0.1 mean."""
+    seen, two_views = [], simCLR.two_views
+    monkeypatch.setattr(simCLR, "two_views", lambda *a: seen.append(two_views(*a)) or seen[-1])
+    model, _, _ = one_step("batch", 16, plain=False, learning_rate=1e-30)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    assert norms
     assert all(int(m.num_batches_tracked) == 3 and m.track_running_stats for m in norms)
-    reference, _, _ = one_step("batch", None, n=16, learning_rate=1e-30)  # one pass over the first images' order
-    assert all(int(m.num_batches_tracked) == 1 for m in reference.modules() if hasattr(m, "num_batches_tracked"))
+    normalize = fn.Normalize(fn.load_dataset("digits").train_images[:48])
+    mean = torch.zeros(64, dtype=torch.float64)
+    for views in seen[3:]:
+        mean = 0.9 * mean + 0.1 * model.encoder.conv1(normalize(views).double()).mean((0, 2, 3))
+    torch.testing.assert_close(model.encoder.bn1.running_mean, mean)
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):

@@ -288,7 +288,7 @@ def test_ctrl_c_before_the_run_says_that_nothing_was_saved(monkeypatch, capsys):
 
     status, lines = run_program(main, monkeypatch=monkeypatch, capsys=capsys)
     assert (status, len(lines)) == (130, 1)
-    assert "nothing was saved" in lines[0]
+    assert "nothing new was saved" in lines[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_new_run_folder_is_named_after_script_and_set_and_has_the_configuration(
     with fn.run_folder(Config(dataset="some/photos", epochs=4)) as folder:
         assert folder.parent == Path("runs")
         assert folder.name.startswith("script-photos-2")
-        assert [file.name for file in folder.iterdir()] == ["config.yaml"]
+        assert {file.name for file in folder.iterdir()} == {"config.yaml", ".lock"}
         assert parse("--config", str(folder / "config.yaml")) == Config(dataset="some/photos", epochs=4)
 
 

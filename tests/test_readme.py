@@ -54,7 +54,8 @@ def test_command_is_accepted(command, tmp_path, monkeypatch):
             flags[at] = str(tmp_path / "config.yaml")
         else:
             flags[at] = str(ROOT / flags[at])
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # as many devices as an example asks for
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # as many devices as an example asks for, and processes
+    monkeypatch.setattr(fn, "started_together", lambda: 8 if "--num_nodes" in flags else None)
     fn.parse_config(SCRIPTS[script].Config, flags)
 
 

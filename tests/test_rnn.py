@@ -141,15 +141,18 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path):
 
 def test_the_best_epoch_is_kept_before_the_last(tmp_path):
     """Killed between the two, a run redoes the epoch; the other way round it would believe in a best it never kept."""
-    log, saved = fn.EpochLog(), []
+    log, saved, module = fn.EpochLog(), [], nn.Linear(1, 1)
     log.rows = [{"validation_accuracy": 0.1}, {"validation_accuracy": 0.2}]
     trainer = SimpleNamespace(save_checkpoint=lambda path: saved.append(path.name))
     checkpoints = fn.Checkpoints(tmp_path, log, best="validation_accuracy")
-    checkpoints.on_train_epoch_end(trainer, None)
+    checkpoints.on_train_epoch_end(trainer, module)
     assert saved == ["best.ckpt", "last.ckpt"]
+    best = module.weight.detach().clone()
+    module.weight.data += 1
     log.rows.append({"validation_accuracy": 0.2})  # as good is not better
-    checkpoints.on_train_epoch_end(trainer, None)
+    checkpoints.on_train_epoch_end(trainer, module)
     assert saved[2:] == ["last.ckpt"]
+    assert torch.equal(checkpoints.state_dict()["best_weights"]["weight"], best)
 
 
 def test_learning_rate_falls_on_a_plateau():

@@ -682,7 +682,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(encoder, 
 
 def test_the_other_stem_is_refused(tmp_path):
     torch.save(simCLR.build_encoder("resnet18", "imagenet")[0].state_dict(), tmp_path / "encoder.pt")
-    with pytest.raises(fn.UserError, match="--encoder and --stem"):
+    with pytest.raises(fn.UserError, match="--encoder, --stem and --norm"):
         simCLR.load_encoder(simCLR.build_encoder("resnet18", "cifar")[0], tmp_path / "encoder.pt")
 
 
