@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.common import OURS
 
 FOLDER = Path(__file__).parent.parent / "results" / "benchmarks"
-NAMES = ("step", "augmentation", "loss", "recurrent", "startup", "convolution", "growth")
+NAMES = ("step", "augmentation", "loss", "recurrent", "startup", "convolution", "growth", "microbatch")
 SUMMARY = (  # benchmark, group, alternative
     ("step", "cifar stem, batch 256", "usual formulation"),
     ("step", "cifar stem, batch 256", "bare model"),
@@ -55,7 +55,7 @@ def summary() -> str:
 def growth() -> str:
     """The README's table of how cost grows: a line per quantity, seconds and peak memory."""
     lines = []
-    for group, rows in read("growth")["groups"].items():
+    for group, rows in (read("growth")["groups"] | read("microbatch")["groups"]).items():
         cells = [f"{size}: {number(row['median'])} s, {row['peak_mib']:,} MiB" for size, row in rows.items()]
         lines.append(f"- {group}: {'; '.join(cells)}")
     return "\n".join(lines)
