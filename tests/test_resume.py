@@ -23,7 +23,7 @@ import functions as fn
 SHORT = {
     "simCLR.py": [
         *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64, "--accelerator", "cpu"],
-        *["--precision", "fp32", "--micro_batch_size", 32, "--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
+        *["--precision", "fp32", "--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
     ],
     "rnn.py": ["--epochs", 12, "--image_size", 8, "--batch_size", 8, "--cell", "all", "--learning_rate", 0.01],
     "rnn_hyperparameter_tune.py": ["--epochs", 2, "--image_size", 8, "--n_trials", 13],
@@ -131,8 +131,18 @@ def test_torture(script, uninterrupted, image_folder, tmp_path):
     torture(script, int(os.environ.get("KILLS", "20")), uninterrupted, image_folder, tmp_path)
 
 
-def test_killed_and_resumed_is_bit_identical(uninterrupted, image_folder, tmp_path):
-    torture("simCLR.py", 3, uninterrupted, image_folder, tmp_path, seed=1)
+def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_folder, tmp_path):
+    """Killed in the third of four epochs."""
+    reference, _ = uninterrupted("simCLR.py")
+    process = begin_or_resume("simCLR.py", image_folder, tmp_path)
+    while "epoch 2/4" not in output(process, tmp_path) and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    text = finish(begin_or_resume("simCLR.py", image_folder, tmp_path), tmp_path)
+    assert "epoch 1/4" not in text
+    assert "epoch 4/4" in text
+    assert_same_bits(tmp_path / "out", reference)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,6 +216,18 @@ def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_fol
     assert "epoch 2/3" in again.stdout
     assert run_here("rnn.py", "--resume", "parts", cwd=cwd).returncode == 0
     assert_same_bits(cwd / "parts", short_rnn)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_micro_batches_resume_exactly(precision, run_here, tmp_path):
+    """Their views follow from the step, which a resumed run goes on counting."""
+    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 2, "--knn_k", 5]
+    flags += ["--batch_size", 500, "--micro_batch_size", 250, "--precision", precision, "--accelerator", "cpu"]
+    assert run_here("simCLR.py", *flags, "--output_dir", "whole", cwd=tmp_path).returncode == 0
+    parts = run_here("simCLR.py", *flags, "--max_time", "00:00:00:00", "--output_dir", "parts", cwd=tmp_path)
+    assert "epoch 2/2" not in parts.stdout
+    assert run_here("simCLR.py", "--resume", "parts", cwd=tmp_path).returncode == 0
+    assert_same_bits(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_max_time_leaves_room_for_the_next_epoch(tmp_path, monkeypatch):
@@ -340,10 +362,10 @@ def test_falling_back_never_costs_the_sound_checkpoint(short_rnn, run_here, monk
     replace, calls = os.replace, []
 
     def killed(source, target):
-        if str(target).endswith("last.ckpt"):
+        if Path(target).name == "last.ckpt":
             calls.append(target)
             if len(calls) == 1:
-                raise KeyboardInterrupt  # before last.ckpt has its name
+                raise KeyboardInterrupt  # before the new checkpoint has its name
         replace(source, target)
 
     with monkeypatch.context() as patch:

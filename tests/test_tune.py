@@ -332,6 +332,16 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
     assert len(study.trials) == 4, "retried three times, and no more"
 
 
+def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
+    """Two workers that see one trial missing both begin one; the later trains nothing."""
+    study, splits, config = small_study(tmp_path, n_trials=1, epochs=1)
+    study.ask()  # the other worker's
+    tune.run_trial(study, splits, config)
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"]
+    assert not study.trials[1].params
+    assert len(tune.counted(study)) == 1
+
+
 @pytest.fixture(scope="module")
 def postgres():
     """The URL of a database of a PostgreSQL server of our own, on a socket in a folder of its own."""
