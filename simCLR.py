@@ -879,20 +879,17 @@ def evaluate(
 
 def plot_views(data: ImageDataset, config: Config, file: Path, count: int = 10) -> None:
     """A figure of `count` training images (top row) and two random views of each."""
+    from torchvision.utils import make_grid
+
     torch.manual_seed(config.seed)
     images = data.train_images[torch.randperm(len(data.train_images))[:count]]
     views = two_views(images, config)
-    rows = torch.stack([images / 255, *views.chunk(2)])  # (3, count, 3, H, W)
-    side, gap = rows.shape[-1], max(1, rows.shape[-1] // 16)
-    grid = torch.ones(3 * (side + gap) - gap, len(images) * (side + gap) - gap, 3)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            top, left = r * (side + gap), c * (side + gap)
-            grid[top : top + side, left : left + side] = image.permute(1, 2, 0)
+    side, gap = images.shape[-1], max(1, images.shape[-1] // 16)
+    grid = make_grid(torch.cat([images / 255, views]), nrow=len(images), padding=gap, pad_value=1)  # a row each
     figure, axis = fn.new_figure(10, 3.4)
-    axis.imshow(grid.clamp(0, 1).numpy(), interpolation="nearest")
+    axis.imshow(grid.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     axis.set(title="What the encoder must recognise as the same image", xticks=[])
-    axis.set_yticks([side / 2 + r * (side + gap) for r in range(3)], ["image", "view 1", "view 2"])
+    axis.set_yticks([(r + 0.5) * (side + gap) for r in range(3)], ["image", "view 1", "view 2"])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     fn.save_figure(figure, file)
