@@ -126,18 +126,6 @@ def is_first_process(config: RunConfig) -> bool:
     return config.processes == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
-class OneLineParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser, with each error as one line that names the flag."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
-        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-        message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
-        message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
-        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
-        raise UserError(" ".join(message.split()))
-
-
 def started_together() -> int | None:
     """How many processes torchrun or SLURM started together, this one among them; None where neither did.
 
@@ -148,6 +136,18 @@ def started_together() -> int | None:
         return environment().world_size() if environment is not None else None
     except RuntimeError as error:  # Lightning's, of SLURM's variables
         raise UserError(f"--devices: {' '.join(str(error).split())}") from None
+
+
+class OneLineParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser, with each error as one line that names the flag."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
+        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+        message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
+        message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
+        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
+        raise UserError(" ".join(message.split()))
 
 
 def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
@@ -831,7 +831,7 @@ def newest_sound(checkpoint: Path) -> Path | None:
             continue
         if path != there[0]:
             print(f"warning: {there[0]} is damaged; going on from {path}", file=sys.stderr)
-            there[0].unlink()  # lest it take the place of the sound one before it
+            there[0].unlink(missing_ok=True)  # lest it take the place of the sound one before it
         return path
     check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; start afresh, without --resume")
     return None
@@ -887,7 +887,7 @@ class EpochSeed(Callback):
 
 
 class TimeLimit(Callback):
-    """--max_time, counted from the start of the program: training ends after the last epoch that fits, and is saved.
+    """--max_time: training ends after the last epoch that fits, and is saved. Counted once the libraries are loaded.
 
     One epoch is trained in any case: a run that is resumed again and again comes to its end.
     """

@@ -503,11 +503,6 @@ class Pretraining(lightning.LightningModule):
     """Algorithm 1 on unlabelled images, with a k-NN check on labelled training images (`monitor`) when there are any.
 
     monitor: (bank images, bank labels, query images, query labels, number of classes), all from the training set.
-
-    With micro_batch_size, a batch of any size takes the memory of a small one, by gradient caching (Gao et al. 2021,
-    arXiv 2101.06983): `training_step` embeds one micro-batch after the other without keeping what backward needs, and
-    takes the loss of all embeddings together; `backward` has the loss's gradient with respect to each embedding, and
-    embeds each micro-batch once more to carry it on to the weights. Splitting the loss itself would lose negatives.
     """
 
     def __init__(self, model: SimCLRModel, images: Tensor, monitor: tuple[Any, ...] | None, config: Config) -> None:
@@ -525,8 +520,15 @@ class Pretraining(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> dict[str, Tensor]:
         (images,) = batch  # uint8 (N, 3, H, W)
-        z = self.embed_two_views(images) if self.config.micro_batch_size is None else self.embed_micro_batches(images)
-        return {"loss": nt_xent_loss(self.gather(z), self.config.temperature)}
+        z = self.gather(self.embed(images))  # (2N, embedding_dim), N over all devices
+        return {"loss": nt_xent_loss(z, self.config.temperature)}
+
+    def embed(self, images: Tensor) -> Tensor:
+        """z of two random views of each image: uint8 (N, 3, H, W) -> (2N, embedding_dim); i, i + N are a pair."""
+        done = self.global_step / (self.config.epochs * len(self.batches))
+        size = next(side for side, share in self.crop_sizes if done < share)
+        views = self.normalize(two_views(images, self.config, size))  # (2N, 3, size, size)
+        return self.model(views.contiguous(memory_format=torch.channels_last))
 
     def gather(self, z: Tensor) -> Tensor:
         """The embeddings of all devices: (2N, D) of each -> (2N * devices, D), where rows i and i + half are a pair.
@@ -536,46 +538,6 @@ class Pretraining(lightning.LightningModule):
         """
         everywhere: Any = self.all_gather(z, sync_grads=True)  # (devices, 2N, D)
         return everywhere.view(-1, 2, len(z) // 2, z.shape[1]).transpose(0, 1).reshape(-1, z.shape[1])
-
-    def embed_two_views(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> z (2N, embedding_dim), of two views drawn at random."""
-        done = self.global_step / (self.config.epochs * len(self.batches))
-        size = next(side for side, share in self.crop_sizes if done < share)
-        views = self.normalize(two_views(images, self.config, size))  # (2N, 3, size, size)
-        return self.model(views.contiguous(memory_format=torch.channels_last))
-
-    def embed_micro_batches(self, images: Tensor) -> Tensor:
-        """The same, in micro-batches and without a graph: z is a leaf, whose gradient `backward` carries on."""
-        self.micro_batches = images.split(self.config.micro_batch_size or len(images))
-        with torch.no_grad(), frozen_statistics(self.model):
-            pairs = [
-                self.embed_micro_batch(i).view(2, -1, self.config.embedding_dim) for i in range(len(self.micro_batches))
-            ]
-        self.z = torch.cat(pairs, dim=1).flatten(0, 1).requires_grad_()  # rows i and i + N are a pair
-        return self.z
-
-    def embed_micro_batch(self, i: int) -> Tensor:
-        """Views of micro-batch i, the same each time: they are drawn anew from their seed, not stored."""
-        torch.manual_seed(fn.mix_seed(self.config.seed, self.global_step, self.global_rank, i))
-        return self.embed_two_views(self.micro_batches[i])
-
-    def backward(self, loss: Tensor) -> None:
-        """From the loss to the gradient of the weights; Lightning calls it between training_step and the optimizer."""
-        loss.backward()
-        if self.config.micro_batch_size is None:
-            return
-        parameters = list(self.model.parameters())
-        assert self.z.grad is not None
-        gradients = self.z.grad.view(2, -1, self.config.embedding_dim).split(self.config.micro_batch_size, dim=1)
-        last = len(gradients) - 1
-        for i, gradient in enumerate(gradients):
-            with self.trainer.precision_plugin.forward_context():
-                z = self.embed_micro_batch(i)
-            if i == last:  # the one that DDP may see: here it averages over the devices what all have added up to
-                z.backward(gradient.flatten(0, 1))
-                return
-            for p, g in zip(parameters, torch.autograd.grad(z, parameters, gradient.flatten(0, 1)), strict=True):
-                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).add_(g)  # in the memory layout of p
 
     def val_dataloader(self) -> Batches:
         assert self.monitor is not None
@@ -610,6 +572,43 @@ class Pretraining(lightning.LightningModule):
             optimizer, lambda step: learning_rate_factor(step, round(warmup), total)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class CachedPretraining(Pretraining):
+    """The same with a batch of any size in the memory of a micro-batch: gradient caching (Gao et al. 2021, 2101.06983).
+
+    Losses of parts of the batch would lack negatives. So the whole batch is embedded, micro-batch by micro-batch and
+    without keeping what backward needs; the loss of all embeddings gives its gradient with respect to each of them; and
+    each micro-batch is embedded once more, to carry that gradient on to the weights.
+    """
+
+    def embed(self, images: Tensor) -> Tensor:
+        self.micro_batches = images.split(self.config.micro_batch_size or len(images))
+        with torch.no_grad(), frozen_statistics(self.model):
+            pairs = [self.embed_again(i).view(2, -1, self.config.embedding_dim) for i in range(len(self.micro_batches))]
+        self.z = torch.cat(pairs, dim=1).flatten(0, 1).requires_grad_()  # a leaf: the graph of the loss ends here
+        return self.z
+
+    def embed_again(self, i: int) -> Tensor:
+        """z of micro-batch i, of the same views each time: they are drawn anew from their seed, not stored."""
+        torch.manual_seed(fn.mix_seed(self.config.seed, self.global_step, self.global_rank, i))
+        return super().embed(self.micro_batches[i])
+
+    def backward(self, loss: Tensor) -> None:
+        """From the loss to the gradient of the weights; Lightning calls it between training_step and the optimizer."""
+        loss.backward()
+        assert self.z.grad is not None
+        pairs = self.z.grad.view(2, -1, self.config.embedding_dim)
+        *others, last = [pair.flatten(0, 1) for pair in pairs.split(len(self.micro_batches[0]), dim=1)]
+        autocast, parameters = self.trainer.precision_plugin.forward_context, list(self.model.parameters())
+        for i, gradient in enumerate(others):
+            with autocast():
+                z = self.embed_again(i)
+            for p, g in zip(parameters, torch.autograd.grad(z, parameters, gradient), strict=True):
+                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).add_(g)  # in the memory layout of p
+        with autocast():
+            z = self.embed_again(len(others))
+        z.backward(last)  # the one that DDP sees: here it averages over the devices what each has added up
 
 
 @contextlib.contextmanager
@@ -658,7 +657,8 @@ def describe_batch(config: Config) -> str:
 def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Path) -> dict[str, Any]:
     """Train `model` in place on the set's images without labels; returns the `pretrain` part of results."""
     images = data.pretraining_images
-    module = Pretraining(model, images, knn_monitor(data, config.seed), config)
+    kind = Pretraining if config.micro_batch_size is None else CachedPretraining
+    module = kind(model, images, knn_monitor(data, config.seed), config)
     if config.compile:
         model.compile(dynamic=False)  # a graph per crop size
     log = fn.EpochLog(folder / "metrics.csv")

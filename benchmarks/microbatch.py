@@ -23,7 +23,8 @@ def step(n: int, micro: int | None) -> float:
     model = simCLR.SimCLRModel(encoder, dim, config.hidden_dim, config.embedding_dim)
     log = fn.EpochLog(quiet=True)
     trainer = fn.make_trainer(config, config.epochs, log=log, limit_val_batches=0)
-    fn.fit(trainer, simCLR.Pretraining(model, images, None, config))
+    kind = simCLR.CachedPretraining if micro else simCLR.Pretraining
+    fn.fit(trainer, kind(model, images, None, config))
     return min(row["seconds"] for row in log.rows[1:])  # an epoch is a step; the first warms up
 
 

@@ -224,7 +224,8 @@ def one_step(norm, micro, n=48, eval_norm=False, plain=True, **changes):
     images = fn.load_dataset("digits").train_images[:n]
     kept, log = Gradient(eval_norm), fn.EpochLog(quiet=True)
     trainer = fn.make_trainer(config, 1, [kept], log=log, limit_val_batches=0)
-    fn.fit(trainer, simCLR.Pretraining(model, images, None, config))
+    kind = simCLR.CachedPretraining if micro else simCLR.Pretraining
+    fn.fit(trainer, kind(model, images, None, config))
     return model, kept.gradient, log.rows[0]["train_loss"]
 
 
