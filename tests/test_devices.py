@@ -49,7 +49,7 @@ def whole_batch(run, tmp_path_factory):
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
-@pytest.mark.parametrize("micro", [[], ["--micro_batch_size", 100]], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("micro", [[], pytest.param(["--micro_batch_size", 100], marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp_path):
     """Loss and gradient of all parameters: negatives come from both, and DDP's mean is the whole batch's gradient."""
     flags = [*ONE_STEP, *PLAIN, "--batch_size", 360, "--devices", 2, *micro, "--output_dir", "out"]

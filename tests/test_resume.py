@@ -218,7 +218,7 @@ def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_fol
     assert_same_bits(cwd / "parts", short_rnn)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_micro_batches_resume_exactly(precision, run_here, tmp_path):
     """Their views follow from the step, which a resumed run goes on counting."""
     flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 2, "--knn_k", 5]

@@ -111,9 +111,9 @@ def test_config_of_a_run_repeats_it(simclr_run, run, tmp_path):
     assert again["pretrain"]["final_loss"] == first["pretrain"]["final_loss"]
 
 
-def test_simclr_on_a_flat_folder_without_classes(image_folder, run, tmp_path):
+def test_simclr_on_a_flat_folder_without_classes(image_folder, run_here, tmp_path):
     flags = ["--stages", "pretrain", "--epochs", 1, "--output_dir", "out"]
-    done = run("simCLR.py", "--dataset", image_folder / "train" / "red", *flags, *FAST_SIMCLR, cwd=tmp_path)
+    done = run_here("simCLR.py", "--dataset", image_folder / "train" / "red", *flags, *FAST_SIMCLR, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "encoder.pt").is_file()
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == COMMON | {"pretrain"}
@@ -140,9 +140,9 @@ def test_rnn_all_cells(image_folder, run, tmp_path):
     assert len(re.findall(r"^epoch \d/2 ", done.stdout, re.M)) == 6
 
 
-def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run, tmp_path):
+def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run_here, tmp_path):
     flags = ["--n_trials", 3, "--epochs", 1, "--image_size", 8, "--output_dir", "study"]
-    done = run("rnn_hyperparameter_tune.py", "--dataset", image_folder, *flags, cwd=tmp_path)
+    done = run_here("rnn_hyperparameter_tune.py", "--dataset", image_folder, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     out = tmp_path / "study"
@@ -154,7 +154,7 @@ def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run, tmp_path
     assert len(re.findall(r"^trial \d/3 ", done.stdout, re.M)) == 3
     best = yaml.safe_load((out / "best_config.yaml").read_text())
     assert results["study"]["best_params"].items() <= best.items()
-    done = run("rnn.py", "--config", results["best_config"], "--epochs", 1, "--output_dir", "refit", cwd=tmp_path)
+    done = run_here("rnn.py", "--config", results["best_config"], "--epochs", 1, "--output_dir", "refit", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

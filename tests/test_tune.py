@@ -66,7 +66,10 @@ def test_search_space_is_the_documented_one():
         assert (found[name].low, found[name].high, found[name].log) == (SPACE[name][0], SPACE[name][-1], True)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # as main() does
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # as main() does
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage"),  # tests ask for trials by hand
+]
 
 
 def small_study(tmp_path, **changes):
