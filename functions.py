@@ -332,6 +332,8 @@ def run_folder(config: RunConfig) -> Iterator[Path]:
         print(f"writing to {folder}")
         sys.argv[1:] = ["--resume", str(folder)]
         how = f"continue with: python {script}.py --resume {folder}"
+        if config.processes > 1 and started_together() is not None:
+            how = f"continue with the same torchrun or srun command and --resume {folder}"
         try:
             yield folder
         except CannotWrite as error:
@@ -368,7 +370,7 @@ def check_output_dir(folder: Path) -> None:
 
 def as_yaml(config: RunConfig) -> str:
     """A configuration as the YAML that `--config` reads, without what is of one session only."""
-    values = {key: None if key in config.of_the_session else value for key, value in asdict(config).items()}
+    values = {key: value for key, value in asdict(config).items() if key not in config.of_the_session}
     plain = {
         k: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else yaml.safe_dump(v) for k, v in values.items()
     }
@@ -1096,7 +1098,7 @@ def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoin
     try:
         trainer.fit(module, ckpt_path=newest_sound(checkpoint) if checkpoint else None, weights_only=True)
     except SystemExit:
-        if trainer.interrupted:
+        if trainer.interrupted and trainer.is_global_zero:
             raise KeyboardInterrupt from None
         raise
     except UserError:

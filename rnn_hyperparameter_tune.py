@@ -13,6 +13,7 @@ stay unseen.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import re
@@ -171,7 +172,7 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Queue the configuration of a trial whose worker died again, unless it has cost three workers their life."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback
 
-    if "drawn" in trial.user_attrs:
+    if trial.user_attrs.pop("drawn", False):  # its next worker says so again
         RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
 
@@ -225,14 +226,18 @@ def database_error(url: str, error: Exception) -> str:
 
 def require_same_task(study: optuna.Study, config: Config) -> None:
     """Note in a new study what it is about; raise UserError if an older one is about something else."""
-    keys = ("dataset", "image_size", "cell", "epochs", "validation_fraction", "seed", "precision")
+    from optuna.study import StudyDirection
+
+    keys = ("dataset", "image_size", "cell", "epochs", "validation_fraction", "seed", "precision", "heartbeat")
     task = {key: getattr(config, key) for key in keys}
-    noted = study.user_attrs.get("task")
+    noted, another = study.user_attrs.get("task"), f"--study_name {config.study_name} "
     if noted is None:
+        ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
+        check(ours, f"{another}is the study of another program: name another study")
         study.set_user_attr("task", task)
         return
     other = [f"--{key} {noted.get(key)}" for key in keys if noted.get(key) != task[key]]
-    check(not other, f"--study_name {config.study_name} has trials with {', '.join(other)}: name another study")
+    check(not other, f"{another}has trials with {', '.join(other)}: name another study")
 
 
 def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> None:
@@ -270,7 +275,8 @@ def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
             seen = {t.number: seen.get(t.number, time.monotonic()) for t in trials if t.state.name == "RUNNING"}
             wait_for_others(study, seen, config)
     left = config.n_trials - sum(trial.state.is_finished() for trial in counted(study))
-    print(f"--timeout is over; {left} of {config.n_trials} trials are missing: go on with --resume")
+    rest = f"{left} of {config.n_trials} trials are not finished: go on with --resume"
+    print(f"--timeout is over; {rest}" if left > 0 else f"all {config.n_trials} trials are done")
 
 
 def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
@@ -282,10 +288,24 @@ def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
             callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
             catch=(MemoryError, NotCounted),
         )
-    except ValueError as error:
-        if "Cannot tell" not in str(error):
-            raise
-        print("a trial was given to another worker, as this one gave no sign of life: raise --heartbeat", flush=True)
+    except (ValueError, AssertionError, UnboundLocalError) as error:  # Optuna's, which stumbles over the real reason
+        reasons: list[BaseException] = [error]
+        while reason := reasons[-1].__context__:
+            reasons.append(reason)
+        if any("Cannot tell" in str(reason) for reason in reasons):
+            print(
+                "a trial was given to another worker, as this one gave no sign of life: raise --heartbeat", flush=True
+            )
+            return
+        raise next((reason for reason in reasons if isinstance(reason, database_errors())), error) from None
+
+
+def database_errors() -> tuple[type[Exception], ...]:
+    """What is raised when a database fails."""
+    import optuna
+    import sqlalchemy.exc
+
+    return sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
 
 
 def wait_for_others(study: optuna.Study, seen: dict[int, float], config: Config) -> None:
@@ -300,7 +320,8 @@ def wait_for_others(study: optuna.Study, seen: dict[int, float], config: Config)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         waited = time.monotonic() - seen.get(trial.number, time.monotonic())
         if waited > config.heartbeat and "drawn" not in trial.user_attrs:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker was faster
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,7 +378,6 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     import optuna
-    import sqlalchemy.exc
 
     record = fn.start_record(config)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -382,7 +402,7 @@ def main(config: Config) -> None:
         try:
             run_study(study, splits, config)
             fn.save_results(folder, record, **report(study, config, folder))
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except database_errors() as error:
             problem = f"--storage {database_error(url, error)}"
             raise fn.UserError(f"{problem}: mend that, then go on with --resume {folder}") from None
 

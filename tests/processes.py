@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ def main(script: str, flags: list[str], cwd: Path) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     torch.set_num_threads(1)  # another number would round differently
     sys.argv = [script, *flags]
     module = importlib.import_module(script.removesuffix(".py"))
