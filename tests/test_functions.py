@@ -551,6 +551,36 @@ def test_without_network_the_archive_is_named_and_putting_it_there_helps(name, t
     check_types(fn.load_dataset(name, tmp_path / "data"), 3, 96 if name == "stl10" else 32)
 
 
+class Code:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("form", ["unpacked", "archive"])
+def test_data_that_is_not_the_original_is_never_opened(form, tmp_path, monkeypatch):
+    """CIFAR comes as pickles, which run as code: torchvision compares checksums before it unpacks or loads them."""
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    folder = tmp_path / "data" if form == "unpacked" else tmp_path / "elsewhere"
+    fake_cifar10(folder)
+    for file in (folder / "cifar-10-batches-py").iterdir():
+        file.write_bytes(pickle.dumps(Code()))
+    if form == "archive":
+        (tmp_path / "data").mkdir()
+        with tarfile.open(tmp_path / "data/cifar-10-python.tar.gz", "w:gz") as tar:
+            tar.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    assert "could not be downloaded" in user_error(fn.load_dataset, "cifar10", tmp_path / "data")
+    assert not (tmp_path / "hacked").exists()
+    pickle.loads(pickle.dumps(Code()))
+    assert (tmp_path / "hacked").exists(), "the test can fail"
+
+
 @pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError(104, "reset"), http.client.BadStatusLine("?")])
 def test_every_failure_of_a_download_is_a_user_error(error, tmp_path, no_network, monkeypatch):
     def fail(*_, **__):
