@@ -52,8 +52,8 @@ class Config(RunConfig):
     timeout: float | None = None
     """start no new trial after this many seconds"""
     storage: str | None = None
-    """URL of a database that several workers share, each started with this command; unless given, SQLite in the run
-    folder"""
+    """URL of a database that several workers share, each started with this command (SQLite in the run folder unless
+    given)"""
     study_name: str = "rnn"
     """name of the study in the database"""
     heartbeat: int = 60
@@ -230,14 +230,17 @@ def require_same_task(study: optuna.Study, config: Config) -> None:
 
     keys = ("dataset", "image_size", "cell", "epochs", "validation_fraction", "seed", "precision", "heartbeat")
     task = {key: getattr(config, key) for key in keys}
-    noted, another = study.user_attrs.get("task"), f"--study_name {config.study_name} "
+    another = f"--study_name {config.study_name}"
+    ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
+    noted = study.user_attrs.get(
+        "task"
+    )  # read after the trials: a worker that starts just now notes it before it tries
     if noted is None:
-        ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
-        check(ours, f"{another}is the study of another program: name another study")
+        check(ours, f"{another} is the study of another program: name another study")
         study.set_user_attr("task", task)
         return
     other = [f"--{key} {noted.get(key)}" for key in keys if noted.get(key) != task[key]]
-    check(not other, f"{another}has trials with {', '.join(other)}: name another study")
+    check(not other, f"{another} has trials with {', '.join(other)}: name another study")
 
 
 def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> None:
