@@ -661,14 +661,8 @@ class Batches:
     def __init__(
         self, *tensors: Tensor, batch_size: int, seed: int | None = None, drop_last: bool = False, ranks: int = 1
     ) -> None:
-        self.tensors, self.batch_size, self.seed, self.drop_last, self.ranks = (
-            tensors,
-            batch_size,
-            seed,
-            drop_last,
-            ranks,
-        )
-        self.epoch = self.rank = 0
+        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
+        self.ranks, self.rank, self.epoch = ranks, 0, 0
 
     def __len__(self) -> int:
         n, step = len(self.tensors[0]), self.batch_size * self.ranks

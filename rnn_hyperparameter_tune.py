@@ -176,7 +176,7 @@ def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         RetryHeartbeatStaleTrialCallback(max_retry=3)(study, trial)
 
 
-def connect(url: str, config: Config) -> optuna.Study:
+def connect(config: Config, url: str) -> optuna.Study:
     """The study in the database at `url`, made if it is not there. Raises what the database's driver raises."""
     import optuna
 
@@ -200,13 +200,13 @@ def open_study(config: Config, url: str) -> optuna.Study:
 
     for attempt in range(4):  # of workers that start at the same moment, one alone succeeds in making the tables
         try:
-            study = connect(url, config)
+            study = connect(config, url)
             break
         except Exception as error:  # whatever the database's driver raises
             if attempt < 3 and isinstance(error, sqlalchemy.exc.DBAPIError):
                 time.sleep(0.5 * 2**attempt)
                 continue
-            raise fn.UserError(f"--storage {database_error(url, error)}: check the URL") from None
+            raise fn.UserError(f"--storage {database_problem(url, error)}: check the URL") from None
     require_same_task(study, config)
     study.sampler = make_sampler(config)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
@@ -216,7 +216,7 @@ def open_study(config: Config, url: str) -> optuna.Study:
     return study
 
 
-def database_error(url: str, error: Exception) -> str:
+def database_problem(url: str, error: Exception) -> str:
     """One line about a database that fails, without the password that its URL may hold."""
     password = re.search(r"//[^/@]*:([^/@]+)@", url)
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
@@ -406,7 +406,7 @@ def main(config: Config) -> None:
             run_study(study, splits, config)
             fn.save_results(folder, record, **report(study, config, folder))
         except database_errors() as error:
-            problem = f"--storage {database_error(url, error)}"
+            problem = f"--storage {database_problem(url, error)}"
             raise fn.UserError(f"{problem}: mend that, then go on with --resume {folder}") from None
 
 

@@ -982,9 +982,8 @@ def main(config: Config) -> None:
     encoder, feature_dim = build_encoder(config.encoder, config.stem, config.norm)
     model = SimCLRModel(encoder, feature_dim, config.hidden_dim, config.embedding_dim, config.norm)
     torch.manual_seed(config.seed)
-    untrained, _ = build_encoder(
-        config.encoder, config.stem, config.norm
-    )  # the same weights, which pretraining will not touch
+    # The same weights, which pretraining will not touch.
+    untrained, _ = build_encoder(config.encoder, config.stem, config.norm)
     if config.checkpoint is not None:
         load_encoder(encoder, Path(config.checkpoint))
 

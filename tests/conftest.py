@@ -46,6 +46,13 @@ def run():
     return run_script
 
 
+class Code:
+    """A pickle of it runs a command when it is loaded, in the folder of whoever loads it."""
+
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
 class Ended(NamedTuple):
     returncode: int
     stdout: str

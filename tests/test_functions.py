@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from conftest import Code
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -549,13 +550,6 @@ def test_without_network_the_archive_is_named_and_putting_it_there_helps(name, t
         for folder in (tmp_path / "elsewhere").iterdir():
             tar.add(folder, folder.name)
     check_types(fn.load_dataset(name, tmp_path / "data"), 3, 96 if name == "stl10" else 32)
-
-
-class Code:
-    """A pickle of it runs a command when it is loaded."""
-
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
 
 
 @pytest.mark.parametrize("form", ["unpacked", "archive"])

@@ -225,7 +225,7 @@ def test_a_database_that_fails_in_the_middle_is_one_line(method, tmp_path, monke
 
 
 def test_a_password_is_not_printed():
-    text = tune.database_error("postgresql+psycopg://me:secret@host/db", ValueError("no user me:secret there"))
+    text = tune.database_problem("postgresql+psycopg://me:secret@host/db", ValueError("no user me:secret there"))
     assert "secret" not in text
     assert "postgresql+psycopg://me:***@host/db" in text
 
