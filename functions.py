@@ -99,8 +99,6 @@ class RunConfig:
 
     of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
     """what says nothing about a run's outcome: not in its config.yaml, and free to differ when it is resumed"""
-    may_grow: ClassVar[tuple[str, ...]] = ()
-    """what a resumed run may raise, as all that was done so far would have been done all the same"""
 
     def validate(self) -> None:
         """Check the values that types alone do not (ranges, existing devices). Raises UserError."""
@@ -111,6 +109,11 @@ class RunConfig:
         resolve_device(self.accelerator)
         if self.output_dir is not None and self.resume is None and is_first_process(self):
             check_output_dir(Path(self.output_dir))
+
+    @property
+    def may_grow(self) -> tuple[str, ...]:
+        """What a resumed run may raise, as all that was done so far would have been done all the same."""
+        return ()
 
     @property
     def processes(self) -> int:
@@ -185,8 +188,9 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
             raise UserError(f"--resume {folder}: its config.yaml is not one of this script's ({error})") from None
         given = parser.parse_args(["--config", str(saved_file), *argv])
         same = ("config", *config_class.of_the_session)
+        may_grow = config_class(**{field.name: saved[field.name] for field in fields(config_class)}).may_grow
         differing = [k for k in vars(saved) if k not in same and saved[k] != given[k]]
-        wrong = [k for k in differing if k not in config_class.may_grow or saved[k] > given[k]]
+        wrong = [k for k in differing if k not in may_grow or saved[k] > given[k]]
         began = " and ".join(f"--{key} {saved[key]}" for key in wrong)
         check(not wrong, f"--resume {folder}: that run began with {began}, which must stay: leave it out")
         for key in differing:
@@ -1134,11 +1138,11 @@ class Classification(lightning.LightningModule):
     def val_dataloader(self) -> Batches:
         return on_device(self.evaluate_batches, self.device)
 
-    def _step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _step(self, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0) -> dict[str, Tensor]:
         inputs, labels = batch
         logits = self(inputs)
         accuracy = (logits.argmax(1) == labels).float().mean()
-        return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": accuracy}
+        return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing), "accuracy": accuracy}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._step(batch)  # averaged over the epoch by EpochLog
@@ -1254,9 +1258,14 @@ def save_figure(figure: Figure, file: Path) -> None:
     """Save as PNG and print its path."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script
-        figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+        figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, bbox_inches="tight")
     write_atomically(file, buffer.getbuffer())
     print(f"  figure {file}")
+
+
+def in_percent(axis: Any) -> None:
+    """Show an axis of fractions of 1 in percent."""
+    axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:g} %")
 
 
 def over_epochs(axis: Any, ylabel: str, percent: bool = False) -> None:
@@ -1267,7 +1276,7 @@ def over_epochs(axis: Any, ylabel: str, percent: bool = False) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if percent:
-        axis.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:g} %")
+        in_percent(axis)
 
 
 def plot_curves(runs: dict[str, list[dict[str, float]]], held_out: str, file: Path, title: str) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -50,6 +51,12 @@ class Config(RunConfig):
     """width of the head's first hidden layer"""
     l3: int = 64
     """width of the head's second hidden layer"""
+    bidirectional: bool = False
+    """read the rows from the bottom up too, with a network of its own"""
+    dropout: float = 0.0
+    """share of the outputs dropped between one recurrent layer and the next"""
+    pooling: Literal["last", "mean", "attention"] = "last"
+    """what the head sees: the state after the last row, the mean of all rows' states, or their weighted mean"""
 
     epochs: int = 100
     """passes over the training images"""
@@ -59,8 +66,20 @@ class Config(RunConfig):
     """of Adam, at the start"""
     weight_decay: float = 0.00052
     """L2 penalty, added to the gradient as Adam does"""
+    schedule: Literal["plateau", "one_cycle"] = "plateau"
+    """the learning rate falls when the validation loss stops falling, or rises first and then falls to nothing"""
     patience: int = 10
-    """epochs without a lower validation loss before the learning rate falls to a tenth"""
+    """of plateau: epochs without a lower validation loss before the learning rate falls to a tenth"""
+    warmup_epochs: int = 0
+    """of one_cycle: epochs in which the learning rate rises"""
+    gradient_clip: float = 0.0
+    """largest norm of a step's gradient, which is scaled down to it; 0 leaves it as it is"""
+    label_smoothing: float = 0.0
+    """share of each training label that is spread over all classes"""
+    crop_padding: int = 0
+    """each time an image is seen in training, it is shifted by up to so many pixels in each direction"""
+    flip: bool = False
+    """each time an image is seen in training, it is mirrored left to right or not, with equal probability"""
     validation_fraction: float = 0.1
     """share of each class's training images held out, to choose the epoch and the learning rate's fall"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -68,7 +87,10 @@ class Config(RunConfig):
     max_time: str | None = None
     """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on later with --resume"""
 
-    may_grow = ("epochs",)  # the learning rate falls when the validation loss says so, however many epochs there are
+    @property
+    def may_grow(self) -> tuple[str, ...]:
+        """On a plateau the learning rate falls however many epochs there are; one cycle spans them all."""
+        return ("epochs",) if self.schedule == "plateau" else ()
 
     def validate(self) -> None:
         super().validate()
@@ -80,6 +102,19 @@ class Config(RunConfig):
         check(0 < self.learning_rate < math.inf, f"--learning_rate must be a positive number, got {self.learning_rate}")
         check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
         check(self.patience >= 0, f"--patience must be 0 or more, got {self.patience}")
+        for flag in ("warmup_epochs", "crop_padding", "gradient_clip"):
+            value = getattr(self, flag)
+            check(0 <= value < math.inf, f"--{flag} must be 0 or more, got {value}")
+        for flag in ("dropout", "label_smoothing"):
+            check(0 <= getattr(self, flag) < 1, f"--{flag} must be at least 0 and below 1, got {getattr(self, flag)}")
+        check(
+            self.dropout == 0 or self.num_layers > 1,
+            f"--dropout {self.dropout} is between recurrent layers: take --num_layers 2 or more, or leave it out",
+        )
+        check(
+            self.warmup_epochs == 0 or (self.schedule == "one_cycle" and self.warmup_epochs < self.epochs),
+            f"--warmup_epochs {self.warmup_epochs} is of --schedule one_cycle, and must leave some of the --epochs",
+        )
         fraction = self.validation_fraction
         check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
         if self.max_time is not None:
@@ -131,33 +166,68 @@ def split(data: ImageDataset, config: Config) -> Splits:
 
 
 class SimpleRNN(nn.Module):
-    """A recurrent layer (or several) whose last step is classified by a small network.
+    """A recurrent layer (or several) whose states, pooled over the rows, are classified by a small network.
 
     Sequences (B, steps, input_size) -> logits (B, num_classes). `cell` is rnn, lstm or gru; l2 and l3 are the widths of
     the head's two hidden layers, each Linear - BatchNorm - ReLU - Dropout(0.5). Raises KeyError for an unknown cell.
+    `bidirectional` (Schuster & Paliwal 1997) reads upwards too; `dropout` acts between layers; `pooling` is last, mean
+    or attention, where a learned score says how much each row's state counts (after Yang et al. 2016, Eq. 5 to 7).
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int, num_classes: int, l2: int, l3: int, cell: str = "rnn"
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_classes: int,
+        l2: int,
+        l3: int,
+        cell: str = "rnn",
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        pooling: str = "last",
     ) -> None:
         super().__init__()
-        self.recurrent = CELLS[cell](input_size, hidden_size, num_layers, batch_first=True)
+        self.recurrent = CELLS[cell](
+            input_size, hidden_size, num_layers, batch_first=True, dropout=dropout, bidirectional=bidirectional
+        )
+        width = 2 * hidden_size if bidirectional else hidden_size
         self.head = nn.Sequential(
-            *(nn.Linear(hidden_size, l2), nn.BatchNorm1d(l2), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Linear(width, l2), nn.BatchNorm1d(l2), nn.ReLU(), nn.Dropout(0.5)),
             *(nn.Linear(l2, l3), nn.BatchNorm1d(l3), nn.ReLU(), nn.Dropout(0.5)),
             nn.Linear(l3, num_classes),
         )
+        self.pooling = pooling
+        if pooling == "attention":
+            self.attention = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs, _ = self.recurrent(x)  # (B, steps, hidden_size): the top layer's state after each row
-        return self.head(outputs[:, -1])  # after the last row it has seen the whole image
+        outputs, _ = self.recurrent(x)  # (B, steps, width): the top layer's state after each row
+        return self.head(self.pool(outputs))
+
+    def pool(self, outputs: Tensor) -> Tensor:
+        """One state for the whole image: (B, steps, width) -> (B, width)."""
+        if self.pooling == "mean":
+            return outputs.mean(1)
+        if self.pooling == "attention":
+            weights = self.attention(outputs).softmax(1)  # (B, steps, 1), of sum 1
+            return (weights * outputs).sum(1)
+        if not self.recurrent.bidirectional:
+            return outputs[:, -1]  # after the last row it has seen the whole image
+        downwards, upwards = outputs.chunk(2, 2)
+        return torch.cat([downwards[:, -1], upwards[:, 0]], 1)  # the last row read upwards is the first
 
 
 def build_model(config: Config, cell: str, images: Tensor, num_classes: int) -> SimpleRNN:
     """The network that `config` describes, for images (N, C, H, W), with weights decided by config.seed."""
     torch.manual_seed(config.seed)
     row = images.shape[1] * images.shape[3]
-    return SimpleRNN(row, config.hidden_size, config.num_layers, num_classes, config.l2, config.l3, cell)
+    return SimpleRNN(
+        *(row, config.hidden_size, config.num_layers, num_classes, config.l2, config.l3, cell),
+        bidirectional=config.bidirectional,
+        dropout=config.dropout,
+        pooling=config.pooling,
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -165,8 +235,26 @@ def build_model(config: Config, cell: str, images: Tensor, num_classes: int) -> 
 # ------------------------------------------------------------------------------------------------
 
 
+def random_crop_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
+    """Shift each image by up to `padding` pixels, black beyond its edge, and mirror half of them.
+
+    (B, C, H, W) -> (B, C, H, W), the same dtype, device and values as `images`. The usual augmentation of CIFAR-10
+    (He et al. 2016, Section 4.2, with a padding of 4): pad on all sides, then cut out the old size at random.
+    """
+    n, _, height, width = images.shape
+    if padding:
+        padded = F.pad(images, [padding] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, tops, lefts, H, W)
+        top, left = torch.randint(2 * padding + 1, (2, n), device=images.device)
+        images = windows[torch.arange(n, device=images.device), :, top, left]
+    if flip:
+        mirrored = torch.rand(n, 1, 1, 1, device=images.device) < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
+    return images
+
+
 class RowClassification(fn.Classification):
-    """Trains a SimpleRNN on uint8 images with Adam; the learning rate falls when the validation loss stops falling."""
+    """Trains a SimpleRNN on uint8 images with Adam, as `config` says."""
 
     def __init__(self, model: SimpleRNN, splits: Splits, config: Config) -> None:
         n = len(splits.train[0])
@@ -179,11 +267,29 @@ class RowClassification(fn.Classification):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(rows_as_sequence(self.normalize(images)))
 
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        images = random_crop_and_flip(images, self.config.crop_padding, self.config.flip)
+        return self._step((images, labels), self.config.label_smoothing)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        if self.config.gradient_clip:  # Lightning's own refuses fused optimizers in bfloat16
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+
     def configure_optimizers(self) -> Any:
         config = self.config
         optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        if config.schedule == "one_cycle":  # Smith & Topin 2019: both ways along a cosine
+            cycle = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                config.learning_rate,
+                total_steps=config.epochs * len(self.train_batches),
+                pct_start=config.warmup_epochs / config.epochs,
+                cycle_momentum=False,
+            )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.patience)
         # Lightning would step it after the epoch's checkpoint is written, and a resumed run would miss that step:
         # Lightning's turn never comes, on_validation_epoch_end takes it.
@@ -192,7 +298,8 @@ class RowClassification(fn.Classification):
 
     def on_validation_epoch_end(self) -> None:
         schedule: Any = self.lr_schedulers()
-        schedule.step(self.trainer.callback_metrics["validation_loss"])
+        if self.config.schedule == "plateau":
+            schedule.step(self.trainer.callback_metrics["validation_loss"])
 
 
 def train(
@@ -221,6 +328,58 @@ def train(
 
 
 # ------------------------------------------------------------------------------------------------
+# What does it look at?
+# ------------------------------------------------------------------------------------------------
+
+
+def accuracy_by_rows(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
+    """Accuracy when an image's first k rows alone are read, for k = 1 ... H; the last is that of whole images.
+
+    images: uint8 (N, C, H, W), labels: int64 (N,). The head has learned from whole images only.
+    """
+    logits = (fn.extract_features(module, images[:, :, :k], config) for k in range(1, images.shape[2] + 1))
+    return [fn.accuracy(values.argmax(1), labels) for values in logits]
+
+
+def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
+    """How much each row matters to the loss: the norm of the loss's gradient with respect to it, as shares of 1.
+
+    images: uint8 (N, C, H, W), labels: int64 (N,); norms are averaged over the images. In a network that reads
+    downwards the gradient comes to the first rows through all later steps: it vanishes where the cell forgets
+    (Bengio, Simard & Frasconi 1994).
+    """
+    device, total = fn.resolve_device(config.accelerator), torch.zeros(images.shape[2])
+    module.eval().to(device)
+    for some_images, some_labels in Batches(images, labels, batch_size=500):
+        rows = rows_as_sequence(module.normalize(some_images.to(device))).requires_grad_()
+        with torch.backends.cudnn.flags(enabled=False):  # which goes backwards in training mode only
+            loss = F.cross_entropy(module.model(rows), some_labels.to(device), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, rows)  # (B, H, C * W)
+        total += gradient.norm(dim=2).sum(0).cpu()
+    module.cpu()
+    return (total / total.sum()).tolist()
+
+
+def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> None:
+    """Accuracy over the rows read so far, and the rows' shares of the gradient; a colour per cell."""
+    figure, (left, right) = fn.new_figure(10, 4, columns=2)
+    rows = range(1, len(next(iter(cells.values()))["accuracy_by_rows"]) + 1)
+    for name, result in cells.items():
+        left.plot(rows, result["accuracy_by_rows"], label=name.upper())
+        right.plot(rows, result["gradient_by_row"], label=name.upper())
+    left.axhline(1 / classes, color="grey", linestyle=":", label="chance; all rows alike")
+    left.set(xlabel="rows read, from the top", ylabel="test accuracy", title="What it knows after the first rows")
+    right.axhline(1 / len(rows), color="grey", linestyle=":")  # all rows alike
+    right.set(xlabel="row", ylabel="share of the gradient", yscale="log", title="How far back it remembers")
+    right.yaxis.set_minor_formatter("")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        fn.in_percent(axis)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    fn.save_figure(figure, file)
+
+
+# ------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------
 
@@ -233,12 +392,15 @@ def run_cell(
     best = max(log.rows, key=lambda row: row["validation_accuracy"])  # the first, if several are equal
     test_images, test_labels = splits.test
     predictions = fn.extract_features(module, test_images, config).argmax(1)
+    train_predictions = fn.extract_features(module, splits.train[0], config).argmax(1)
     results: dict[str, Any] = {
         "best_epoch": int(best["epoch"]),
-        "train_accuracy": best["train_accuracy"],
+        "train_accuracy": fn.accuracy(train_predictions, splits.train[1]),  # without dropout and augmentation
         "validation_accuracy": best["validation_accuracy"],
         "test_accuracy": fn.accuracy(predictions, test_labels),
         "per_class": fn.accuracy_per_class(predictions, test_labels, splits.classes),
+        "accuracy_by_rows": accuracy_by_rows(module, test_images, test_labels, config),
+        "gradient_by_row": gradient_by_row(module, test_images, test_labels, config),
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "images_per_second": round(float(torch.tensor([row["images_per_second"] for row in log.rows]).median()), 1),
@@ -252,11 +414,12 @@ def run_cell(
 
 
 def print_table(cells: dict[str, dict[str, Any]]) -> None:
-    """The outcome at a glance, a row per cell."""
-    print("\ncell   best epoch   validation     test   parameters     time")
+    """The outcome at a glance, a row per cell; the gap, of training and validation accuracy, is in points."""
+    print("\ncell   best epoch      train   validation    gap      test   parameters     time")
     for name, r in cells.items():
+        train, validation, test = (100 * r[f"{split}_accuracy"] for split in ("train", "validation", "test"))
         print(
-            f"{name:4} {r['best_epoch']:12} {100 * r['validation_accuracy']:10.1f} % {100 * r['test_accuracy']:6.1f} %"
+            f"{name:4} {r['best_epoch']:12} {train:8.1f} % {validation:10.1f} % {train - validation:6.1f} {test:7.1f} %"
             f" {r['parameters']:12,} {fn.format_time(r['seconds']):>8}"
         )
     print()
@@ -290,6 +453,7 @@ def main(config: Config) -> None:
         curves = {cell.upper(): rows for cell, (_, rows, _) in outcomes.items()}
         fn.plot_curves(curves, "validation", folder / "curves.png", f"Reading {Path(data.name).name} images row by row")
         results = {cell: result for cell, (result, _, _) in outcomes.items()}
+        plot_rows(results, len(splits.classes), folder / "rows.png")
         print_table(results)
         fn.save_results(folder, record, cells=results)
 

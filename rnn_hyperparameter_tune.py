@@ -16,14 +16,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import multiprocessing
+import os
 import re
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from tqdm import tqdm
 
 import functions as fn
 import rnn
@@ -41,16 +46,22 @@ if TYPE_CHECKING:
 class Config(RunConfig):
     """Settings of the study; what it tunes is in `suggest`."""
 
+    space: Literal["default", "extended"] = "default"
+    """what is tuned: the recipe's own numbers, or also cell, direction, pooling, regularisation and augmentation"""
     cell: Literal["rnn", "lstm", "gru"] = "rnn"
-    """kind of recurrent layer"""
+    """kind of recurrent layer; the extended space draws it"""
     n_trials: int = 100
     """trials in all, of all workers together; a resumed study runs those that are missing"""
     epochs: int = 10
     """most epochs a trial may train"""
     validation_fraction: float = 0.1
     """share of each class's training images held out; their loss is what the study minimises"""
+    train_fraction: float = 1.0
+    """share of each class's other training images that trials see: less is cheaper, and compares them less surely"""
     timeout: float | None = None
     """start no new trial after this many seconds"""
+    workers: int = 1
+    """processes of this machine that run trials at the same time, and share its threads or its GPU"""
     storage: str | None = None
     """URL of a database that several workers share, each started with this command (SQLite in the run folder unless
     given)"""
@@ -59,17 +70,24 @@ class Config(RunConfig):
     heartbeat: int = 60
     """seconds after which a worker of a shared study that gives no sign of life counts as dead; its trial is retried"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """float32, or bfloat16 autocast, which gains nothing for steps as small as these"""
+    """float32, or bfloat16 autocast: faster for wide and deep networks, where the processor has it"""
 
-    may_grow = ("n_trials",)
+    of_the_session = (*RunConfig.of_the_session, "workers")
+
+    @property
+    def may_grow(self) -> tuple[str, ...]:
+        return ("n_trials",)
 
     def validate(self) -> None:
         super().validate()
         check(self.heartbeat >= 2, f"--heartbeat must be at least 2 seconds, got {self.heartbeat}")
         check(self.n_trials >= 1, f"--n_trials must be at least 1, got {self.n_trials}")
         check(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
+        check(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
         fraction = self.validation_fraction
         check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
+        fraction = self.train_fraction
+        check(0 < fraction <= 1, f"--train_fraction must be above 0 and at most 1, got {fraction}")
         check(
             self.timeout is None or 0 < self.timeout < math.inf,
             f"--timeout must be positive seconds, got {self.timeout}",
@@ -87,8 +105,11 @@ BATCH_SIZES = [32, 64, 128, 256]
 def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
     """Draw one configuration of rnn.py from the search space."""
     shared = {key: value for key, value in asdict(config).items() if key in rnn.Config.__dataclass_fields__}
+    shared |= {"output_dir": None, "resume": None}
+    if config.space == "extended":
+        return suggest_extended(trial, shared)
     return rnn.Config(
-        **{**shared, "output_dir": None, "resume": None},
+        **shared,
         hidden_size=trial.suggest_categorical("hidden_size", [128, 256, 512]),
         num_layers=trial.suggest_categorical("num_layers", [1, 3, 5]),
         l2=trial.suggest_categorical("l2", [16, 32, 64]),
@@ -97,6 +118,29 @@ def suggest(trial: optuna.trial.BaseTrial, config: Config) -> rnn.Config:
         weight_decay=trial.suggest_float("weight_decay", 5e-4, 1e-1, log=True),
         batch_size=trial.suggest_categorical("batch_size", BATCH_SIZES),
     )
+
+
+def suggest_extended(trial: optuna.trial.BaseTrial, shared: dict[str, Any]) -> rnn.Config:
+    """Draw one configuration from all that a recurrent network over rows may be given, beside `shared`."""
+    num_layers = trial.suggest_int("num_layers", 1, 3)
+    drawn = {
+        "cell": trial.suggest_categorical("cell", list(rnn.CELLS)),
+        "hidden_size": trial.suggest_categorical("hidden_size", [128, 256, 384]),
+        "bidirectional": trial.suggest_categorical("bidirectional", [False, True]),
+        "pooling": trial.suggest_categorical("pooling", ["last", "mean", "attention"]),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.5) if num_layers > 1 else 0.0,
+        "l2": trial.suggest_categorical("l2", [64, 128, 256]),
+        "l3": trial.suggest_categorical("l3", [64, 128, 256]),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 1e-2, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-3, log=True),
+        "batch_size": trial.suggest_categorical("batch_size", BATCH_SIZES[1:]),
+        "warmup_epochs": trial.suggest_int("warmup_epochs", 0, min(3, shared["epochs"] - 1)),
+        "gradient_clip": trial.suggest_float("gradient_clip", 0.1, 10.0, log=True),
+        "label_smoothing": trial.suggest_float("label_smoothing", 0.0, 0.2),
+        "crop_padding": trial.suggest_int("crop_padding", 0, 4),
+        "flip": trial.suggest_categorical("flip", [False, True]),
+    }
+    return rnn.Config(**{**shared, **drawn}, num_layers=num_layers, schedule="one_cycle")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,7 +167,7 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     trial.set_user_attr("drawn", True)
     pruning = PyTorchLightningPruningCallback(trial, monitor="validation_loss")
     try:
-        _, log = rnn.train(drawn, config.cell, splits, callbacks=[pruning])
+        _, log = rnn.train(drawn, drawn.cell, splits, callbacks=[pruning])
     except fn.Diverged as diverged:
         raise optuna.TrialPruned(str(diverged)) from None
     except (MemoryError, RuntimeError) as error:  # PyTorch raises a plain RuntimeError on the CPU
@@ -159,10 +203,13 @@ def make_sampler(config: Config) -> optuna.samplers.BaseSampler:
     """
     import optuna
 
+    liar = config.storage is not None  # takes trials that others run for bad ones, lest it draws the like of them
+
     class Sampler(optuna.samplers.TPESampler):
         def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             place = trial.number if config.storage else place_in_study(study, trial.number)
-            super().__init__(seed=fn.mix_seed(config.seed, place) % 2**32)  # the public way to seed it anew
+            seed = fn.mix_seed(config.seed, place) % 2**32
+            super().__init__(seed=seed, constant_liar=liar)  # the public way to seed it anew
             super().before_trial(study, trial)
 
     return Sampler()
@@ -228,7 +275,8 @@ def require_same_task(study: optuna.Study, config: Config) -> None:
     """Note in a new study what it is about; raise UserError if an older one is about something else."""
     from optuna.study import StudyDirection
 
-    keys = ("dataset", "image_size", "cell", "epochs", "validation_fraction", "seed", "precision", "heartbeat")
+    data = ("dataset", "image_size", "validation_fraction", "train_fraction", "seed")
+    keys = (*data, "space", "cell", "epochs", "precision", "heartbeat")
     task = {key: getattr(config, key) for key in keys}
     another = f"--study_name {config.study_name}"
     ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
@@ -243,52 +291,116 @@ def require_same_task(study: optuna.Study, config: Config) -> None:
     check(not other, f"{another} has trials with {', '.join(other)}: name another study")
 
 
-def print_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> None:
-    """One line per finished trial."""
-    if was_interrupted(trial):
-        return
-    done = f"trial {place_in_study(study, trial.number) + 1:>{len(str(n_trials))}}/{n_trials}"
+class Progress:
+    """A line for each trial that ends, and on a terminal a bar below them with the best value so far."""
+
+    def __init__(self, config: Config) -> None:
+        self.n_trials = config.n_trials
+        self.bar = tqdm(total=self.n_trials, desc="study", leave=False, disable=not sys.stdout.isatty())
+
+    def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if was_interrupted(trial):
+            return
+        trials = counted(study)
+        best = "none complete yet"
+        if any(other.state.name == "COMPLETE" for other in trials):
+            best = f"best {study.best_value:.4f} (trial {place_in_study(study, study.best_trial.number) + 1})"
+        place = place_in_study(study, trial.number) + 1
+        tqdm.write(f"trial {place:>{len(str(self.n_trials))}}/{self.n_trials}  {describe_trial(trial, best)}")
+        sys.stdout.flush()
+        self.bar.set_postfix_str(best, refresh=False)
+        self.bar.update(sum(other.state.is_finished() for other in trials) - self.bar.n)
+
+
+def describe_trial(trial: optuna.trial.FrozenTrial, best: str) -> str:
+    """How a trial ended, the best of the study so far, and what was drawn: one line."""
     epochs, state = len(trial.intermediate_values), trial.state.name.lower()
     outcome = f"loss {trial.value:.4f}" if trial.value is not None else "loss   -   "
     if "error" in trial.user_attrs:
         outcome = " ".join(trial.user_attrs["error"].split())[:60]
-    complete = [t for t in counted(study) if t.state.name == "COMPLETE"]
-    best = "none complete yet"
-    if complete:
-        best = f"best {study.best_value:.4f} (trial {place_in_study(study, study.best_trial.number) + 1})"
     drawn = "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
-    print(f"{done}  {state:8}  {epochs:2} epochs  {outcome}  {best}  | {drawn}", flush=True)
+    return f"{state:8}  {epochs:2} epochs  {outcome}  {best}  | {drawn}"
 
 
 def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
     """Run the trials that are missing, one after the other; those that other workers have begun are waited for."""
     deadline = time.monotonic() + (config.timeout or math.inf)
+    progress = Progress(config)
     seen: dict[int, float] = {}
     while time.monotonic() < deadline:
         trials = counted(study)
         states = [trial.state.name for trial in trials]
         if "WAITING" in states or len(states) < config.n_trials:
-            run_trial(study, splits, config)
+            run_trial(study, splits, config, progress)
         elif "RUNNING" not in states:
-            print(f"all {config.n_trials} trials are done")
-            return
+            break
         else:
             if not seen:
                 print(f"waiting for {states.count('RUNNING')} trials of other workers", flush=True)
             seen = {t.number: seen.get(t.number, time.monotonic()) for t in trials if t.state.name == "RUNNING"}
             wait_for_others(study, seen, config)
+    progress.bar.close()
+    print_what_is_left(study, config)
+
+
+def print_what_is_left(study: optuna.Study, config: Config) -> None:
     left = config.n_trials - sum(trial.state.is_finished() for trial in counted(study))
     rest = f"{left} of {config.n_trials} trials are not finished: go on with --resume"
     print(f"--timeout is over; {rest}" if left > 0 else f"all {config.n_trials} trials are done")
 
 
-def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
+def run_workers(study: optuna.Study, config: Config, url: str) -> None:
+    """Start --workers processes on the study, and show what they do until all have ended. Raises UserError."""
+    one = replace(config, storage=url, workers=1, output_dir=None, resume=None)
+    threads = max(1, torch.get_num_threads() // config.workers)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(one, threads), daemon=True) for _ in range(config.workers)]
+    progress, shown = Progress(config), {trial.number for trial in study.get_trials(deepcopy=False)}
+    for worker in workers:
+        worker.start()
+    try:
+        at_work = True
+        while at_work:
+            at_work = any(worker.is_alive() for worker in workers)
+            for trial in study.get_trials(deepcopy=False):
+                if trial.state.is_finished() and trial.number not in shown:
+                    shown.add(trial.number)
+                    progress(study, trial)
+            time.sleep(0.2)
+    finally:
+        progress.bar.close()
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+    lost = [worker.exitcode for worker in workers if worker.exitcode]
+    unfinished = sum(trial.state.is_finished() for trial in counted(study)) < config.n_trials
+    check(not (lost and unfinished), f"--workers: {len(lost)} of {config.workers} processes were lost, status {lost}")
+    print_what_is_left(study, config)
+
+
+def work(config: Config, threads: int) -> None:
+    """What each of --workers processes does: trials of the shared study, until it is complete."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says what there is to say
+    torch.set_num_threads(threads)
+    quiet_optuna()
+    assert config.storage is not None
+    ended_by: tuple[type[Exception], ...] = (fn.UserError, *database_errors())
+    try:
+        run_study(open_study(config, config.storage), load_splits(config), config)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ended_by as error:
+        print(f"a worker ended: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config, progress: Progress) -> None:
     """Run one trial, whatever becomes of it."""
     try:
         study.optimize(
             lambda trial: objective(trial, splits, config),
             n_trials=1,
-            callbacks=[lambda study, trial: print_trial(study, trial, config.n_trials)],
+            callbacks=[progress],
             catch=(MemoryError, NotCounted),
         )
     except (ValueError, AssertionError, UnboundLocalError) as error:  # Optuna's, which stumbles over the real reason
@@ -338,24 +450,66 @@ def best_config(study: optuna.Study, config: Config) -> rnn.Config:
 
 
 def plot_study(study: optuna.Study, folder: Path) -> None:
-    """Optuna's own figures: the best value over the trials, and how much each hyperparameter mattered."""
+    """Optuna's own figures of the study; those that compare trials need four that were completed."""
+    import matplotlib.pyplot as plt  # which Optuna's figures belong to
+    import numpy as np
     from optuna.visualization import matplotlib as plots
 
-    complete = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
-        figures = {"history": plots.plot_optimization_history(study)}
-        if len(complete) >= 4:
-            figures["importances"] = plots.plot_param_importances(study)
-        for name, axes in figures.items():
-            figure: Any = axes.figure
-            figure.set_size_inches(9, 5)
-            figure.set_layout_engine("constrained")
-            fn.save_figure(figure, folder / f"{name}.png")
+    complete = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
+    drawn = len({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
+    loss = "validation loss"
+    figures: dict[str, tuple[Any, float]] = {  # how it is plotted, and the figure's width in inches
+        "history": (partial(plots.plot_optimization_history, target_name=loss), 9),
+        "intermediate_values": (plots.plot_intermediate_values, 9),
+    }
+    if complete >= 4:
+        figures["importances"] = (partial(plots.plot_param_importances, target_name=loss), 9)
+        figures["parallel_coordinates"] = (partial(plots.plot_parallel_coordinate, target_name=loss), 1.6 * drawn)
+        figures["slices"] = (partial(plots.plot_slice, target_name=loss), 2.2 * drawn)
+    for name, (plot, width) in figures.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
+            axes = np.atleast_1d(plot(study))[0]
+            if name == "intermediate_values":
+                axes.set(xlabel="epoch, from 0", ylabel=loss, yscale="log")
+                axes.get_legend().remove()  # an entry for each trial
+            axes.figure.set_size_inches(width, 5)
+            fn.save_figure(axes.figure, folder / f"{name}.png")
+        plt.close(axes.figure)
+
+
+def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
+    """Epochs and seconds that were spent, and those that pruned trials would have taken beside, at their own pace."""
+    spent = {"epochs": 0, "epochs_saved": 0, "seconds": 0.0, "seconds_saved": 0.0}
+    for trial in counted(study):
+        if trial.duration is None:
+            continue
+        epochs, seconds = len(trial.intermediate_values), trial.duration.total_seconds()
+        spent["epochs"] += epochs
+        spent["seconds"] += seconds
+        if trial.state.name == "PRUNED" and epochs:
+            spent["epochs_saved"] += config.epochs - epochs
+            spent["seconds_saved"] += (config.epochs - epochs) * seconds / epochs
+    return {name: round(value, 1) for name, value in spent.items()}
+
+
+def print_best(study: optuna.Study) -> list[dict[str, Any]]:
+    """A table of the five best trials, one to a column; returns them for results.json."""
+    best = sorted((t for t in counted(study) if t.state.name == "COMPLETE"), key=lambda trial: trial.value or 0.0)[:5]
+    table = [("trial", [str(place_in_study(study, trial.number) + 1) for trial in best])]
+    table.append(("validation loss", [f"{trial.value:.4f}" for trial in best]))
+    for name in dict.fromkeys(name for trial in best for name in trial.params):
+        values = [trial.params.get(name, "-") for trial in best]
+        table.append((name, [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]))
+    for name, texts in table:
+        print(f"    {name:15}" + "".join(f"{text:>11}" for text in texts))
+    return [
+        {"trial": int(place), "value": t.value, "params": t.params} for place, t in zip(table[0][1], best, strict=True)
+    ]
 
 
 def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
-    """Print the best trial, write best_config.yaml; returns results.json's part."""
+    """Print the best trials, write best_config.yaml and the figures; returns results.json's part."""
     from optuna.trial import TrialState
 
     trials = counted(study)
@@ -369,41 +523,66 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
         print("no trial was completed: raise --n_trials or --timeout, and go on with --resume")
         return {"study": outcome}
     outcome |= {"best_value": study.best_value, "best_params": study.best_params}
+    outcome |= (spent := saved_by_pruning(study, config))
     file = folder / "best_config.yaml"
     fn.save_config(file, best_config(study, config))
     plot_study(study, folder)
-    print(f"\nbest of {len(trials)} trials ({outcome['pruned']} pruned): validation loss {study.best_value:.4f} with")
-    for name, value in study.best_params.items():
-        print(f"    {name:14} {value:.3g}" if isinstance(value, float) else f"    {name:14} {value}")
-    print(f"train it in full: python rnn.py --config {file}")
+    print(f"\nthe best of {len(trials)} trials ({outcome['pruned']} pruned, {outcome['failed']} failed):")
+    outcome["best_trials"] = print_best(study)
+    asked = spent["epochs"] + spent["epochs_saved"]
+    print(
+        f"pruning saved {spent['epochs_saved']:,.0f} of {asked:,.0f} epochs, about "
+        f"{fn.format_time(spent['seconds_saved'])} of {fn.format_time(spent['seconds'] + spent['seconds_saved'])}"
+    )
+    print(f"train the first in full: python rnn.py --config {file}")
     return {"study": outcome, "best_config": str(file)}
 
 
-def main(config: Config) -> None:
+# ------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------
+
+
+def quiet_optuna() -> None:
+    """Its log would repeat what is printed here, and heartbeats are "experimental"."""
     import optuna
 
-    record = fn.start_record(config)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def load_splits(config: Config) -> rnn.Splits:
+    """The images that every trial is trained and validated on. Raises UserError for too few."""
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
-    first = rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2)
-    splits = rnn.split(data, first)  # the same for every trial
-    n = len(splits.train[0])
+    splits = rnn.split(data, rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2))
+    images, labels = splits.train
+    seen = fn.stratified_subset(labels, config.train_fraction, config.seed)
     check(
-        n >= max(BATCH_SIZES),
-        f"--dataset {data.name}: {n} training images are too few for batch size {max(BATCH_SIZES)}",
+        len(seen) >= max(BATCH_SIZES),
+        f"--dataset {data.name}: {len(seen)} training images are too few for batch size {max(BATCH_SIZES)}",
     )
+    return replace(splits, train=(images[seen], labels[seen]))
+
+
+def main(config: Config) -> None:
+    record = fn.start_record(config)
+    quiet_optuna()
+    splits = load_splits(config)
     print(
-        f"tuning the {config.cell} on {data.name}: {config.n_trials} trials of at most {config.epochs} epochs, "
-        f"{n:,} training and {len(splits.validation[0]):,} validation images; "
-        f"{fn.resolve_device(config.accelerator)}, {torch.get_num_threads()} threads"
+        f"tuning {'recurrent networks' if config.space == 'extended' else f'the {config.cell}'} on {config.dataset}: "
+        f"{config.n_trials} trials of at most {config.epochs} epochs, "
+        f"{len(splits.train[0]):,} training and {len(splits.validation[0]):,} validation images; "
+        f"{fn.describe_machine(config)}"
     )
     shared = open_study(config, config.storage) if config.storage else None  # before a folder is made for nothing
     with fn.run_folder(config) as folder:
         url = config.storage or f"sqlite:///{folder / 'study.db'}"
         study = shared or open_study(config, url)
         try:
-            run_study(study, splits, config)
+            if config.workers == 1:
+                run_study(study, splits, config)
+            else:
+                run_workers(study, config, url)
             fn.save_results(folder, record, **report(study, config, folder))
         except database_errors() as error:
             problem = f"--storage {database_problem(url, error)}"
