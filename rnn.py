@@ -155,6 +155,11 @@ def split(data: ImageDataset, config: Config) -> Splits:
         config.batch_size <= len(kept),
         f"--batch_size {config.batch_size} is above the {len(kept):,} training images: take at most {len(kept)}",
     )
+    side = min(images.shape[2:])
+    check(
+        config.crop_padding <= side,
+        f"--crop_padding {config.crop_padding} is wider than the images of {data.name}: take at most {side}",
+    )
     return Splits(
         (images[kept], labels[kept]), (images[held_out], labels[held_out]), (test_images, test_labels), data.classes
     )

@@ -372,9 +372,9 @@ def run_workers(study: optuna.Study, config: Config, url: str) -> None:
         for worker in workers:
             worker.terminate()
             worker.join()
-    lost = [worker.exitcode for worker in workers if worker.exitcode]
     unfinished = sum(trial.state.is_finished() for trial in counted(study)) < config.n_trials
-    check(not (lost and unfinished), f"--workers: {len(lost)} of {config.workers} processes were lost, status {lost}")
+    if unfinished and (lost := [worker.exitcode for worker in workers if worker.exitcode]):
+        raise fn.UserError(f"--workers: {len(lost)} of {config.workers} were lost, status {lost}: go on with --resume")
     print_what_is_left(study, config)
 
 

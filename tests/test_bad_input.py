@@ -86,6 +86,8 @@ def make_bad_runs(root):
     torch.save(Code(), root / "codecheckpoint/checkpoints/last.ckpt")
     (root / "badconfig/config.yaml").write_text("epochs: [")
     (root / "codeconfig/config.yaml").write_text("seed: !!python/object/apply:os.system ['touch hacked']")
+    (root / "cycle").mkdir()
+    fn.save_config(root / "cycle/config.yaml", rnn.Config(dataset="digits", epochs=3, schedule="one_cycle"))
     (root / "study").mkdir()
     tune_config = tune.Config(dataset="digits", epochs=3)
     fn.save_config(root / "study/config.yaml", tune_config)
@@ -152,7 +154,20 @@ BAD = [
     (RNN, [*DIGITS, "--validation_fraction", "1"], "--validation_fraction", "between 0 and 1"),
     (RNN, [*DIGITS, "--learning_rate", "-1"], "--learning_rate", "positive"),
     (RNN, [*DIGITS, "--max_time", "1:00"], "--max_time", "DD:HH:MM:SS"),
+    (RNN, [*DIGITS, "--dropout", "0.2"], "--dropout", "--num_layers 2"),
+    (RNN, [*DIGITS, "--dropout", "1", "--num_layers", "2"], "--dropout", "below 1"),
+    (RNN, [*DIGITS, "--label_smoothing", "1"], "--label_smoothing", "below 1"),
+    (RNN, [*DIGITS, "--crop_padding", "-1"], "--crop_padding", "0 or more"),
+    (RNN, [*DIGITS, "--crop_padding", "9"], "--crop_padding 9", "at most 8"),
+    (RNN, [*DIGITS, "--gradient_clip", ".inf"], "--gradient_clip", "0 or more"),
+    (RNN, [*DIGITS, "--warmup_epochs", "3"], "--warmup_epochs", "--schedule one_cycle"),
+    (RNN, [*DIGITS, "--pooling", "max"], "--pooling", "attention"),
+    (RNN, ["--resume", "cycle", "--epochs", "9"], "--epochs 3", "leave it out"),
     (TUNE, [*DIGITS, "--n_trials", "0"], "--n_trials", "at least 1"),
+    (TUNE, [*DIGITS, "--workers", "0"], "--workers", "at least 1"),
+    (TUNE, [*DIGITS, "--train_fraction", "0"], "--train_fraction", "at most 1"),
+    (TUNE, [*DIGITS, "--train_fraction", "0.1"], "--dataset digits", "too few for batch size 256"),
+    (TUNE, [*DIGITS, "--space", "all"], "--space", "extended"),
     (TUNE, [*DIGITS, "--timeout", "-1"], "--timeout", "positive"),
     (TUNE, [*DIGITS, "--heartbeat", "0"], "--heartbeat", "at least 2"),
     (TUNE, [*DIGITS, "--cell", "all"], "--cell", "lstm"),

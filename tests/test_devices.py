@@ -373,9 +373,10 @@ class Steps(torch.nn.Linear):
 def test_rows_stay_on_the_gpu(fake_cuda):
     split = torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
     splits = rnn.Splits(split, split, split, tuple("abcdefghij"))
-    model = rnn.SimpleRNN(96, 256, 1, 10, 64, 64)
+    model = rnn.SimpleRNN(96, 256, 1, 10, 64, 64, pooling="attention")
     model.recurrent = Steps(96, 256)
-    module = fake_cuda(rnn.RowClassification(model, splits, rnn.Config(batch_size=4)))
+    config = rnn.Config(batch_size=4, crop_padding=4, flip=True, label_smoothing=0.1)
+    module = fake_cuda(rnn.RowClassification(model, splits, config))
     with fake_cuda.mode:
         loss = module.training_step((fake_images(4), torch.zeros(4, dtype=torch.long, device="cuda")), 0)["loss"]
     assert (loss.device.type, loss.shape) == ("cuda", ())

@@ -62,6 +62,166 @@ def test_plain_rnn_is_elmans_recurrence():
     torch.testing.assert_close(model(x), model.head(h))
 
 
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_last_pooling_reads_each_direction_to_its_end(cell, layers):
+    """What the head sees is PyTorch's h_n of the top layer: downwards after the last row, upwards after the first."""
+    torch.manual_seed(0)
+    for bidirectional in (False, True):
+        model = rnn.SimpleRNN(6, 5, layers, 3, 4, 4, cell, bidirectional)
+        outputs, state = model.recurrent(torch.randn(2, 7, 6))
+        h_n = state[0] if cell == "lstm" else state
+        expected = torch.cat([h_n[-2], h_n[-1]], 1) if bidirectional else h_n[-1]
+        torch.testing.assert_close(model.pool(outputs), expected)
+        assert model(torch.randn(2, 7, 6)).shape == (2, 3)
+
+
+def test_mean_and_attention_pooling_are_weighted_means_of_all_rows():
+    torch.manual_seed(0)
+    outputs = torch.randn(2, 7, 5)
+    torch.testing.assert_close(rnn.SimpleRNN(6, 5, 1, 3, 4, 4, pooling="mean").pool(outputs), outputs.mean(1))
+    model = rnn.SimpleRNN(6, 5, 1, 3, 4, 4, pooling="attention")
+    for b in range(2):
+        score = [torch.exp(model.attention.weight @ h + model.attention.bias).item() for h in outputs[b]]
+        expected = sum(e * h for e, h in zip(score, outputs[b], strict=True)) / sum(score)
+        torch.testing.assert_close(model.pool(outputs)[b], expected)
+
+
+def test_dropout_acts_between_layers_in_training_only():
+    torch.manual_seed(0)
+    model, x = rnn.SimpleRNN(6, 5, 2, 3, 4, 4, dropout=0.5), torch.randn(2, 7, 6)
+    assert model.recurrent.dropout == 0.5
+    assert not torch.equal(model.recurrent(x)[0], model.recurrent(x)[0])
+    model.eval()
+    assert torch.equal(model.recurrent(x)[0], model.recurrent(x)[0])
+
+
+def test_a_crop_is_a_window_of_the_padded_image():
+    """Every one of the (2 p + 1)^2 windows, mirrored or not, is drawn equally often, and nothing else."""
+    torch.manual_seed(0)
+    image, draws = torch.randint(1, 256, (3, 4, 5), dtype=torch.uint8), 20_000
+    cut = rnn.random_crop_and_flip(image.expand(draws, -1, -1, -1), 1, True)
+    assert cut.dtype == torch.uint8
+    assert cut.shape == (draws, 3, 4, 5)
+    padded = torch.zeros(3, 6, 7, dtype=torch.uint8)
+    padded[:, 1:5, 1:6] = image
+    counts = []
+    for top in range(3):
+        for left in range(3):
+            window = padded[:, top : top + 4, left : left + 5]
+            counts += [int((cut == wanted).flatten(1).all(1).sum()) for wanted in (window, window.flip(2))]
+    assert sum(counts) == draws
+    expected = draws / 18
+    chi_square = sum((count - expected) ** 2 / expected for count in counts)
+    assert chi_square < 40.8  # 17 degrees of freedom, 0.1 %
+
+
+def test_without_augmentation_images_stay_as_they_are_and_nothing_is_drawn():
+    images, state = tiny_splits().train[0], torch.get_rng_state()
+    assert rnn.random_crop_and_flip(images, 0, False) is images
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_images_are_augmented_and_labels_smoothed_in_training_only(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rnn, "random_crop_and_flip", lambda images, *how: seen.append(how) or images)
+    config, splits = tiny_config(crop_padding=2, flip=True, label_smoothing=0.3), tiny_splits()
+    module = rnn.RowClassification(rnn.build_model(config, "rnn", splits.train[0], 3), splits, config).eval()
+    batch = splits.train[0][:8], splits.train[1][:8]
+    logits = module(batch[0])
+    smooth = 0.7 * nn.functional.one_hot(batch[1], 3) + 0.1
+    expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
+    assert seen == [(2, True)]
+    torch.testing.assert_close(module._step(batch)["loss"], nn.functional.cross_entropy(logits, batch[1]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gradient_is_clipped(precision):
+    norms = []
+
+    class Look(rnn.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            norms.append([float(nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]))])
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            if norms:
+                norms[-1].append(float(nn.utils.get_total_norm([p.grad for p in pl_module.parameters()])))
+
+    rnn.train(tiny_config(gradient_clip=0.05, precision=precision, epochs=1), "lstm", tiny_splits(), callbacks=[Look()])
+    pairs = norms[:-1]  # the last step's gradient is not looked at again
+    assert len(pairs) == 4
+    assert min(before for before, _ in pairs) > 0.05
+    assert [after for _, after in pairs] == pytest.approx([0.05] * 4, rel=1e-3)
+
+
+def test_one_cycle_rises_for_the_warm_up_and_falls_to_nothing():
+    rates = []
+
+    class Look(rnn.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    config = tiny_config(schedule="one_cycle", epochs=4, warmup_epochs=1, learning_rate=0.01)
+    rnn.train(config, "rnn", tiny_splits(), callbacks=[Look()])
+    assert len(rates) == 20
+    assert rates.index(max(rates)) == 4
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert (rates[0], rates[-1]) == (pytest.approx(0.01 / 25), pytest.approx(0, abs=1e-7))
+
+
+def test_epochs_may_grow_on_a_plateau_only():
+    assert rnn.Config().may_grow == ("epochs",)
+    assert rnn.Config(schedule="one_cycle").may_grow == ()
+
+
+# ------------------------------------------------------------------------------------------------
+# What does it look at?
+# ------------------------------------------------------------------------------------------------
+
+
+def trained(cell="gru", **changes):
+    config = tiny_config(**changes)
+    return rnn.train(config, cell, tiny_splits())[0], config
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_accuracy_by_rows_is_that_of_the_sequence_cut_off(bidirectional):
+    module, config = trained(bidirectional=bidirectional)
+    images, labels = tiny_splits().test
+    module.eval()
+    expected = []
+    for k in range(1, 9):
+        sequence = rnn.rows_as_sequence(module.normalize(images))[:, :k]
+        expected.append(fn.accuracy(module.model(sequence).argmax(1), labels))
+    found = rnn.accuracy_by_rows(module, images, labels, config)
+    assert found == expected
+    assert found[-1] == fn.accuracy(fn.extract_features(module, images, config).argmax(1), labels)
+
+
+def test_gradient_by_row_is_the_mean_norm_image_by_image():
+    module, config = trained()
+    images, labels = tiny_splits().test
+    module.double().eval()
+    total = torch.zeros(8, dtype=torch.float64)
+    for image, label in zip(images, labels, strict=True):
+        rows = rnn.rows_as_sequence(module.normalize(image[None]).double()).requires_grad_()
+        nn.functional.cross_entropy(module.model(rows), label[None]).backward()
+        total += rows.grad[0].norm(dim=1)
+    found = rnn.gradient_by_row(module.float(), images, labels, config)
+    assert sum(found) == pytest.approx(1)
+    assert found == pytest.approx((total / total.sum()).tolist(), rel=1e-4)
+
+
+def test_what_a_network_without_memory_has_read_is_its_last_row():
+    module, config = trained("rnn")
+    module.model.recurrent.weight_hh_l0.data.zero_()
+    assert rnn.gradient_by_row(module, *tiny_splits().test, config) == [0, 0, 0, 0, 0, 0, 0, 1]
+
+
 def test_unknown_cell_is_an_error():
     with pytest.raises(KeyError):
         rnn.SimpleRNN(6, 5, 1, 3, l2=4, l3=4, cell="transformer")
@@ -119,7 +279,22 @@ def test_same_seed_same_numbers(tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_interrupted_and_resumed_is_bit_identical(tmp_path):
+ALL_OF_IT = {
+    "schedule": "one_cycle",
+    "warmup_epochs": 2,
+    "num_layers": 2,
+    "dropout": 0.3,
+    "pooling": "attention",
+    "bidirectional": True,
+    "gradient_clip": 0.5,
+    "label_smoothing": 0.1,
+    "crop_padding": 2,
+    "flip": True,
+}
+
+
+@pytest.mark.parametrize("changes", [{"patience": 0}, ALL_OF_IT], ids=["plateau", "one_cycle"])
+def test_interrupted_and_resumed_is_bit_identical(tmp_path, changes):
     """Stopped after any epoch and gone on with, weights and metrics are those of a run never interrupted."""
 
     class Stop(rnn.Callback):
@@ -127,7 +302,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path):
             if trainer.current_epoch == 3:
                 raise KeyboardInterrupt
 
-    config = tiny_config(epochs=7, learning_rate=0.5, patience=0)  # patience 0: the rate falls during the run
+    config = tiny_config(epochs=7, learning_rate=0.5, **changes)  # patience 0: the rate falls during the run
     whole, whole_log = rnn.train(config, "lstm", tiny_splits(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         rnn.train(config, "lstm", tiny_splits(), tmp_path / "parts", [Stop()])
@@ -175,6 +350,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             for flag in ("epochs", "hidden_size", "num_layers", "l2", "l3", "learning_rate", "validation_fraction")
         ],
         *[("batch_size", 1), ("learning_rate", float("nan")), ("weight_decay", -1.0), ("patience", -1)],
+        *[("dropout", 0.5), ("dropout", 1.0), ("label_smoothing", 1.0), ("label_smoothing", -0.1)],
+        *[("crop_padding", -1), ("gradient_clip", float("inf")), ("warmup_epochs", -1), ("warmup_epochs", 3)],
     ],
 )
 def test_bad_values_are_refused_by_name(field, value):

@@ -132,10 +132,13 @@ def test_rnn_all_cells(image_folder, run, tmp_path):
         wanted = {"best_epoch", "validation_accuracy", "test_accuracy", "per_class", "seconds", "images_per_second"}
         assert wanted <= set(outcome)
         assert set(outcome["per_class"]) == {"red", "green", "blue"}
+        assert len(outcome["accuracy_by_rows"]) == len(outcome["gradient_by_row"]) == 8
+        assert outcome["accuracy_by_rows"][-1] == outcome["test_accuracy"]
         assert is_png(out / cell / "confusion_matrix.png")
         assert len(list(csv.DictReader((out / cell / "metrics.csv").open()))) == 2
         assert f"training {cell}" in done.stdout
     assert is_png(out / "curves.png")
+    assert is_png(out / "rows.png")
     assert done.stdout.count("hardest classes") == 3
     assert len(re.findall(r"^epoch \d/2 ", done.stdout, re.M)) == 6
 
@@ -148,7 +151,7 @@ def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run_here, tmp
     out = tmp_path / "study"
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"study", "best_config"}
-    assert {"trials", "pruned", "failed", "best_value", "best_params"} == set(results["study"])
+    assert {"trials", "pruned", "failed", "best_value", "best_params", "best_trials"} <= set(results["study"])
     assert results["study"]["trials"] == 3
     assert is_png(out / "history.png")
     assert len(re.findall(r"^trial \d/3 ", done.stdout, re.M)) == 3

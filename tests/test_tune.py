@@ -1,12 +1,16 @@
 """The tuner: every value it draws reaches the model and the optimiser, and what it finds can be trained."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -64,6 +68,91 @@ def test_search_space_is_the_documented_one():
         assert list(found[name].choices) == SPACE[name]
     for name in ("learning_rate", "weight_decay"):
         assert (found[name].low, found[name].high, found[name].log) == (SPACE[name][0], SPACE[name][-1], True)
+
+
+EXTENDED = {
+    "cell": ["lstm", "rnn", "gru"],
+    "hidden_size": [128, 256, 384],
+    "num_layers": [2, 1, 3],
+    "bidirectional": [False, True],
+    "pooling": ["last", "mean", "attention"],
+    "dropout": [0.1, 0.5],
+    "l2": [64, 128, 256],
+    "l3": [64, 128, 256],
+    "learning_rate": [1e-3, 3e-4, 1e-2],
+    "weight_decay": [1e-6, 1e-3],
+    "batch_size": [64, 128, 256],
+    "warmup_epochs": [0, 3],
+    "gradient_clip": [0.1, 10.0],
+    "label_smoothing": [0.0, 0.2],
+    "crop_padding": [0, 4],
+    "flip": [False, True],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EXTENDED.items() for value in values])
+def test_every_value_of_the_extended_space_reaches_model_and_training(name, value, monkeypatch):
+    params = {key: values[0] for key, values in EXTENDED.items()} | {name: value}
+    if params["num_layers"] == 1:
+        del params["dropout"]
+    config = tune.suggest(optuna.trial.FixedTrial(params), tune.Config(space="extended", epochs=7, seed=5))
+    config.validate()
+    images, labels = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 4
+    splits = rnn.Splits((images, labels), (images, labels), (images, labels), tuple("abcd"))
+    module = rnn.RowClassification(rnn.build_model(config, config.cell, images, 4), splits, config)
+    cycle = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    optimiser, model = cycle.optimizer, module.model
+    augmented, smoothed, clipped = [], [], []
+    monkeypatch.setattr(rnn, "random_crop_and_flip", lambda images, *how: augmented.extend(how) or images)
+    monkeypatch.setattr(rnn.RowClassification, "_step", lambda self, batch, smoothing: smoothed.append(smoothing))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm))
+    module.training_step((images, labels), 0)
+    module.configure_gradient_clipping(optimiser, None, None)
+    built = {
+        "cell": next(cell for cell, kind in rnn.CELLS.items() if type(model.recurrent) is kind),
+        "hidden_size": model.recurrent.hidden_size,
+        "num_layers": model.recurrent.num_layers,
+        "bidirectional": model.recurrent.bidirectional,
+        "pooling": model.pooling,
+        "dropout": model.recurrent.dropout,
+        "l2": model.head[0].out_features,
+        "l3": model.head[4].out_features,
+        "learning_rate": optimiser.param_groups[0]["max_lr"],
+        "weight_decay": optimiser.param_groups[0]["weight_decay"],
+        "batch_size": len(next(iter(module.train_dataloader()))[0]),
+        "warmup_epochs": round((cycle._schedule_phases[0]["end_step"] + 1) / len(module.train_batches)),
+        "gradient_clip": clipped[0],
+        "label_smoothing": smoothed[0],
+        "crop_padding": augmented[0],
+        "flip": augmented[1],
+    }
+    assert built == {"dropout": 0.0} | params
+    assert (config.epochs, config.seed, config.schedule) == (7, 5, "one_cycle")
+
+
+def test_extended_search_space_is_the_documented_one():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = {}
+    for _ in range(9):  # until one has several layers, and so dropout
+        trial = study.ask()
+        tune.suggest(trial, tune.Config(space="extended", epochs=10)).validate()
+        found |= trial.distributions
+    assert set(found) == set(EXTENDED)
+    for name, values in EXTENDED.items():
+        if hasattr(found[name], "choices"):
+            assert set(found[name].choices) == set(values)
+        elif name != "dropout":
+            assert (found[name].low, found[name].high) == (min(values), max(values))
+
+
+def test_trials_may_see_a_part_of_the_training_images_and_all_validation_images():
+    whole, part = (tune.load_splits(tune.Config(dataset="digits", train_fraction=f)) for f in (1.0, 0.25))
+    assert torch.equal(whole.validation[0], part.validation[0])
+    assert torch.equal(whole.test[0], part.test[0])
+    share = part.train[1].bincount() / whole.train[1].bincount()
+    assert ((share - 0.25).abs() < 0.01).all()
+    pixels = [{tuple(image.flatten().tolist()) for image in splits.train[0]} for splits in (part, whole)]
+    assert pixels[0] <= pixels[1]
 
 
 pytestmark = [
@@ -150,6 +239,43 @@ def _distributions():
     return trial.distributions
 
 
+def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
+    """The script itself, on real images: some trials end early, and the report says what that saved."""
+    flags = ["--dataset", "digits", "--n_trials", 9, "--epochs", 4, "--train_fraction", 0.25, "--output_dir", "out"]
+    done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads((tmp_path / "out/results.json").read_text())["study"]
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="rnn")
+    pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
+    assert outcome["pruned"] == len(pruned) > 0
+    assert any(1 < len(trial.intermediate_values) < 4 for trial in pruned)
+    assert outcome["epochs"] == sum(len(trial.intermediate_values) for trial in study.trials)
+    assert outcome["epochs_saved"] == sum(4 - len(t.intermediate_values) for t in pruned if t.intermediate_values)
+    asked = outcome["epochs"] + outcome["epochs_saved"]
+    assert f"pruning saved {outcome['epochs_saved']:,} of {asked:,} epochs" in done.stdout
+    complete = sorted((t.value, t.number + 1, t.params) for t in study.trials if t.state.name == "COMPLETE")[:5]
+    assert [(t["value"], t["trial"], t["params"]) for t in outcome["best_trials"]] == complete
+    names = ("history", "intermediate_values", "importances", "parallel_coordinates", "slices")
+    assert all((tmp_path / f"out/{name}.png").stat().st_size > 5000 for name in names)
+
+
+def test_saved_by_pruning():
+    """A trial pruned after 2 of 10 epochs in 6 s saved 8 epochs and 24 s; one without an epoch saved nothing known."""
+    study = optuna.create_study()
+    start = datetime(2026, 1, 1)
+    for state, epochs, seconds in (("COMPLETE", 10, 40), ("PRUNED", 2, 6), ("PRUNED", 0, 1), ("RUNNING", 3, 9)):
+        trial = optuna.trial.create_trial(
+            state=optuna.trial.TrialState[state],
+            value=1.0 if state == "COMPLETE" else None,
+            intermediate_values=dict.fromkeys(range(epochs), 1.0),
+        )
+        trial.datetime_start = start
+        trial.datetime_complete = start + timedelta(seconds=seconds) if trial.state.is_finished() else None
+        study.add_trial(trial)
+    spent = tune.saved_by_pruning(study, tune.Config(epochs=10))
+    assert spent == {"epochs": 12, "epochs_saved": 8, "seconds": 47, "seconds_saved": 24}
+
+
 def test_a_diverging_trial_counts_as_pruned(tmp_path, monkeypatch):
     study, splits, config = small_study(tmp_path)
 
@@ -181,7 +307,7 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(tmp_path, monkey
 
 def test_a_study_of_something_else_is_refused(tmp_path):
     small_study(tmp_path)
-    with pytest.raises(fn.UserError, match=r"--study_name rnn has trials with --cell rnn, --epochs 2, --seed 0: name"):
+    with pytest.raises(fn.UserError, match=r"--study_name rnn has trials with --seed 0, --cell rnn, --epochs 2: name"):
         tune.open_study(tune.Config(dataset="digits", cell="lstm", epochs=5, seed=1), f"sqlite:///{tmp_path}/study.db")
 
 
@@ -359,10 +485,50 @@ def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
     """Two workers that see one trial missing both begin one; the later trains nothing."""
     study, splits, config = small_study(tmp_path, n_trials=1, epochs=1)
     study.ask()  # the other worker's
-    tune.run_trial(study, splits, config)
+    tune.run_trial(study, splits, config, tune.Progress(config))
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"]
     assert not study.trials[1].params
     assert len(tune.counted(study)) == 1
+
+
+def test_workers_share_a_private_study_and_go_on_with_one(run_here, tmp_path):
+    flags = ["--dataset", "digits", "--epochs", 1, "--output_dir", "out"]
+    first = run_here("rnn_hyperparameter_tune.py", *flags, "--n_trials", 2, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    done = run_here("rnn_hyperparameter_tune.py", "--resume", "out", "--n_trials", 5, "--workers", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert sorted(re.findall(r"^trial (\d)/5", done.stdout, re.M)) == ["3", "4", "5"]
+    assert done.stdout.count("all 5 trials are done") == 1
+    assert "workers" not in (tmp_path / "out/config.yaml").read_text()
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="rnn")
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4]
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 5
+
+
+@pytest.mark.slow
+def test_lost_workers_end_the_study_in_one_line(run_here, tmp_path, monkeypatch):
+    """Killed all at once; the study can be resumed."""
+    monkeypatch.setattr(tune, "work", killed)
+    flags = ["--dataset", "digits", "--epochs", 1, "--n_trials", 2, "--output_dir", "out"]
+    done = run_here("rnn_hyperparameter_tune.py", *flags, "--workers", 2, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--workers: 2 of 2 were lost, status [-9, -9]: go on with --resume" in line
+    assert run_here("rnn_hyperparameter_tune.py", "--resume", "out", cwd=tmp_path).returncode == 0
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_on_a_terminal_a_bar_shows_the_best_value(tmp_path, monkeypatch, capsys):
+    study, splits, config = small_study(tmp_path, epochs=1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tune.run_study(study, splits, config)
+    bar = capsys.readouterr().err
+    assert "study: 100%" in bar
+    assert f"best {study.best_value:.4f}" in bar
 
 
 @pytest.fixture(scope="module")
