@@ -63,11 +63,12 @@ class Config(RunConfig):
     batch_size: int = 64
     """images per step"""
     learning_rate: float = 0.00022
-    """of Adam, at the start"""
+    """of Adam: at the start, or the highest of one_cycle"""
     weight_decay: float = 0.00052
     """L2 penalty, added to the gradient as Adam does"""
     schedule: Literal["plateau", "one_cycle"] = "plateau"
-    """the learning rate falls when the validation loss stops falling, or rises first and then falls to nothing"""
+    """the learning rate falls when the validation loss no longer does, or rises for --warmup_epochs and then falls to
+    nothing along a cosine"""
     patience: int = 10
     """of plateau: epochs without a lower validation loss before the learning rate falls to a tenth"""
     warmup_epochs: int = 0
@@ -83,7 +84,7 @@ class Config(RunConfig):
     validation_fraction: float = 0.1
     """share of each class's training images held out, to choose the epoch and the learning rate's fall"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """float32, or bfloat16 autocast: about twice as fast for the LSTM on CPUs with AMX"""
+    """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it"""
     max_time: str | None = None
     """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on later with --resume"""
 
@@ -111,10 +112,9 @@ class Config(RunConfig):
             self.dropout == 0 or self.num_layers > 1,
             f"--dropout {self.dropout} is between recurrent layers: take --num_layers 2 or more, or leave it out",
         )
-        check(
-            self.warmup_epochs == 0 or (self.schedule == "one_cycle" and self.warmup_epochs < self.epochs),
-            f"--warmup_epochs {self.warmup_epochs} is of --schedule one_cycle, and must leave some of the --epochs",
-        )
+        warmup = f"--warmup_epochs {self.warmup_epochs}"
+        check(self.warmup_epochs == 0 or self.schedule == "one_cycle", f"{warmup} needs --schedule one_cycle")
+        check(self.warmup_epochs < self.epochs, f"{warmup} must be below --epochs {self.epochs}")
         fraction = self.validation_fraction
         check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
         if self.max_time is not None:
@@ -174,7 +174,8 @@ class SimpleRNN(nn.Module):
     """A recurrent layer (or several) whose states, pooled over the rows, are classified by a small network.
 
     Sequences (B, steps, input_size) -> logits (B, num_classes). `cell` is rnn, lstm or gru; l2 and l3 are the widths of
-    the head's two hidden layers, each Linear - BatchNorm - ReLU - Dropout(0.5). Raises KeyError for an unknown cell.
+    the head's two hidden layers, each Linear - BatchNorm - ReLU - Dropout(0.5). Raises KeyError for an unknown cell,
+    ValueError for an unknown pooling.
     `bidirectional` (Schuster & Paliwal 1997) reads upwards too; `dropout` acts between layers; `pooling` is last, mean
     or attention, where a learned score says how much each row's state counts (after Yang et al. 2016, Eq. 5 to 7).
     """
@@ -202,6 +203,8 @@ class SimpleRNN(nn.Module):
             *(nn.Linear(l2, l3), nn.BatchNorm1d(l3), nn.ReLU(), nn.Dropout(0.5)),
             nn.Linear(l3, num_classes),
         )
+        if pooling not in ("last", "mean", "attention"):
+            raise ValueError(f"pooling must be last, mean or attention, got {pooling}")
         self.pooling = pooling
         if pooling == "attention":
             self.attention = nn.Linear(width, 1)
@@ -209,6 +212,13 @@ class SimpleRNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         outputs, _ = self.recurrent(x)  # (B, steps, width): the top layer's state after each row
         return self.head(self.pool(outputs))
+
+    def after_each_row(self, x: Tensor) -> Tensor:
+        """What it makes of the first row alone, of the first two, and so on: logits (B, steps, num_classes)."""
+        if self.recurrent.bidirectional:  # upwards, a sequence that is cut off begins elsewhere
+            return torch.stack([self(x[:, :k]) for k in range(1, x.shape[1] + 1)], 1)
+        outputs, _ = self.recurrent(x)
+        return torch.stack([self.head(self.pool(outputs[:, :k])) for k in range(1, x.shape[1] + 1)], 1)
 
     def pool(self, outputs: Tensor) -> Tensor:
         """One state for the whole image: (B, steps, width) -> (B, width)."""
@@ -261,6 +271,8 @@ def random_crop_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
 class RowClassification(fn.Classification):
     """Trains a SimpleRNN on uint8 images with Adam, as `config` says."""
 
+    model: SimpleRNN
+
     def __init__(self, model: SimpleRNN, splits: Splits, config: Config) -> None:
         n = len(splits.train[0])
         lone = n % config.batch_size == 1  # BatchNorm cannot normalise a last batch of one image
@@ -287,12 +299,10 @@ class RowClassification(fn.Classification):
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         if config.schedule == "one_cycle":  # Smith & Topin 2019: both ways along a cosine
+            steps, warmup = (epochs * len(self.train_batches) for epochs in (config.epochs, config.warmup_epochs))
+            rising = warmup / steps if warmup > 1 else 0.0  # PyTorch divides by the warm-up's steps but one
             cycle = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                config.learning_rate,
-                total_steps=config.epochs * len(self.train_batches),
-                pct_start=config.warmup_epochs / config.epochs,
-                cycle_momentum=False,
+                optimizer, config.learning_rate, total_steps=steps, pct_start=rising, cycle_momentum=False
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.patience)
@@ -337,13 +347,24 @@ def train(
 # ------------------------------------------------------------------------------------------------
 
 
+class EachRow(nn.Module):
+    """A trained RowClassification, read out after each row: uint8 (B, C, H, W) -> logits (B, H, classes)."""
+
+    def __init__(self, module: RowClassification) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module.model.after_each_row(rows_as_sequence(self.module.normalize(images)))
+
+
 def accuracy_by_rows(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
     """Accuracy when an image's first k rows alone are read, for k = 1 ... H; the last is that of whole images.
 
     images: uint8 (N, C, H, W), labels: int64 (N,). The head has learned from whole images only.
     """
-    logits = (fn.extract_features(module, images[:, :, :k], config) for k in range(1, images.shape[2] + 1))
-    return [fn.accuracy(values.argmax(1), labels) for values in logits]
+    logits = fn.extract_features(EachRow(module), images, config)
+    return [fn.accuracy(predictions, labels) for predictions in logits.argmax(2).unbind(1)]
 
 
 def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
@@ -362,7 +383,7 @@ def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, c
             (gradient,) = torch.autograd.grad(loss, rows)  # (B, H, C * W)
         total += gradient.norm(dim=2).sum(0).cpu()
     module.cpu()
-    return (total / total.sum()).tolist()
+    return (total / total.sum().clamp_min(1e-30)).tolist()  # all 0 where no gradient comes through
 
 
 def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> None:
@@ -376,7 +397,10 @@ def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> Non
     left.set(xlabel="rows read, from the top", ylabel="test accuracy", title="What it knows after the first rows")
     right.axhline(1 / len(rows), color="grey", linestyle=":")  # all rows alike
     right.set(xlabel="row", ylabel="share of the gradient", yscale="log", title="How far back it remembers")
-    right.yaxis.set_minor_formatter("")
+    shares = [share for result in cells.values() for share in result["gradient_by_row"] if share > 0] or [1.0]
+    high = math.ceil(math.log10(max(shares)))
+    right.set_ylim(10 ** min(math.floor(math.log10(min(shares))), high - 1), 10**high)
+    right.yaxis.set_minor_formatter("")  # whole decades are labelled, and nothing between
     for axis in (left, right):
         axis.grid(alpha=0.3)
         fn.in_percent(axis)

@@ -1,4 +1,5 @@
 """Tune rnn.py's network with Optuna: which widths, depth, learning rate, weight decay and batch size suit the data?
+With --space extended also: which cell, direction, pooling, regularisation and augmentation?
 
 Every trial draws a configuration (TPE, Bergstra et al. 2011), trains it with Lightning for at most --epochs epochs,
 and is stopped early when its validation loss is above the median of earlier trials at that epoch. The test images
@@ -6,6 +7,7 @@ stay unseen.
 
     python rnn_hyperparameter_tune.py                                 # CIFAR-10, 100 trials of at most 10 epochs
     python rnn_hyperparameter_tune.py --dataset digits --n_trials 20  # no download, a minute
+    python rnn_hyperparameter_tune.py --space extended --workers 2    # two processes at the same time
     python rnn_hyperparameter_tune.py --resume                        # continue the newest study
     python rnn_hyperparameter_tune.py --storage postgresql+psycopg://HOST/DATABASE  # a worker of a shared study
     python rnn.py --config runs/.../best_config.yaml                  # train what it found in full
@@ -19,7 +21,9 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +53,7 @@ class Config(RunConfig):
     space: Literal["default", "extended"] = "default"
     """what is tuned: the recipe's own numbers, or also cell, direction, pooling, regularisation and augmentation"""
     cell: Literal["rnn", "lstm", "gru"] = "rnn"
-    """kind of recurrent layer; the extended space draws it"""
+    """kind of recurrent layer, unless the extended space draws it"""
     n_trials: int = 100
     """trials in all, of all workers together; a resumed study runs those that are missing"""
     epochs: int = 10
@@ -169,6 +173,7 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     try:
         _, log = rnn.train(drawn, drawn.cell, splits, callbacks=[pruning])
     except fn.Diverged as diverged:
+        trial.set_user_attr("diverged", True)
         raise optuna.TrialPruned(str(diverged)) from None
     except (MemoryError, RuntimeError) as error:  # PyTorch raises a plain RuntimeError on the CPU
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
@@ -198,8 +203,8 @@ def place_in_study(study: optuna.Study, number: int) -> int:
 def make_sampler(config: Config) -> optuna.samplers.BaseSampler:
     """TPE whose draws follow from the seed, the trials so far, and the trial's place in the study.
 
-    So a study that was interrupted draws what it would have drawn. In a shared one the trial's number stands for the
-    place, which may change while other workers are interrupted: no two trials there draw alike.
+    So a study that was interrupted draws what it would have drawn. Once several workers have been at it, the trial's
+    number stands for the place, which may change while others are interrupted: no two trials draw alike.
     """
     import optuna
 
@@ -207,7 +212,8 @@ def make_sampler(config: Config) -> optuna.samplers.BaseSampler:
 
     class Sampler(optuna.samplers.TPESampler):
         def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            place = trial.number if config.storage else place_in_study(study, trial.number)
+            several = config.storage or "workers" in study.user_attrs
+            place = trial.number if several else place_in_study(study, trial.number)
             seed = fn.mix_seed(config.seed, place) % 2**32
             super().__init__(seed=seed, constant_liar=liar)  # the public way to seed it anew
             super().before_trial(study, trial)
@@ -275,41 +281,46 @@ def require_same_task(study: optuna.Study, config: Config) -> None:
     """Note in a new study what it is about; raise UserError if an older one is about something else."""
     from optuna.study import StudyDirection
 
-    data = ("dataset", "image_size", "validation_fraction", "train_fraction", "seed")
-    keys = (*data, "space", "cell", "epochs", "precision", "heartbeat")
-    task = {key: getattr(config, key) for key in keys}
+    keys = ["dataset", "image_size", "validation_fraction", "train_fraction", "seed", "space", "cell", "epochs"]
+    if config.space == "extended":
+        keys.remove("cell")  # drawn
+    task = {key: getattr(config, key) for key in (*keys, "precision", "heartbeat")}
     another = f"--study_name {config.study_name}"
     ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
-    noted = study.user_attrs.get(
-        "task"
-    )  # read after the trials: a worker that starts just now notes it before it tries
+    noted = study.user_attrs.get("task")  # read after the trials: a worker that starts now notes it before it tries
     if noted is None:
         check(ours, f"{another} is the study of another program: name another study")
         study.set_user_attr("task", task)
         return
-    other = [f"--{key} {noted.get(key)}" for key in keys if noted.get(key) != task[key]]
+    theirs = {key: noted.get(key, getattr(Config, key)) for key in task}  # an older study lacks newer keys
+    other = [f"--{key} {theirs[key]}" for key in task if theirs[key] != task[key]]
     check(not other, f"{another} has trials with {', '.join(other)}: name another study")
+
+
+def n_finished(study: optuna.Study) -> int:
+    """How many of the study's trials have come to an end of their own."""
+    return sum(trial.state.is_finished() for trial in counted(study))
 
 
 class Progress:
     """A line for each trial that ends, and on a terminal a bar below them with the best value so far."""
 
-    def __init__(self, config: Config) -> None:
-        self.n_trials = config.n_trials
-        self.bar = tqdm(total=self.n_trials, desc="study", leave=False, disable=not sys.stdout.isatty())
+    def __init__(self, study: optuna.Study, config: Config) -> None:
+        self.n_trials, done = config.n_trials, n_finished(study)
+        hidden = not sys.stdout.isatty()
+        self.bar = tqdm(total=self.n_trials, initial=done, desc="study", leave=False, disable=hidden)
 
     def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         if was_interrupted(trial):
             return
-        trials = counted(study)
         best = "none complete yet"
-        if any(other.state.name == "COMPLETE" for other in trials):
+        if any(other.state.name == "COMPLETE" for other in counted(study)):
             best = f"best {study.best_value:.4f} (trial {place_in_study(study, study.best_trial.number) + 1})"
         place = place_in_study(study, trial.number) + 1
         tqdm.write(f"trial {place:>{len(str(self.n_trials))}}/{self.n_trials}  {describe_trial(trial, best)}")
         sys.stdout.flush()
         self.bar.set_postfix_str(best, refresh=False)
-        self.bar.update(sum(other.state.is_finished() for other in trials) - self.bar.n)
+        self.bar.update(n_finished(study) - self.bar.n)
 
 
 def describe_trial(trial: optuna.trial.FrozenTrial, best: str) -> str:
@@ -325,7 +336,7 @@ def describe_trial(trial: optuna.trial.FrozenTrial, best: str) -> str:
 def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
     """Run the trials that are missing, one after the other; those that other workers have begun are waited for."""
     deadline = time.monotonic() + (config.timeout or math.inf)
-    progress = Progress(config)
+    progress = Progress(study, config)
     seen: dict[int, float] = {}
     while time.monotonic() < deadline:
         trials = counted(study)
@@ -344,20 +355,27 @@ def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
 
 
 def print_what_is_left(study: optuna.Study, config: Config) -> None:
-    left = config.n_trials - sum(trial.state.is_finished() for trial in counted(study))
+    left = config.n_trials - n_finished(study)
     rest = f"{left} of {config.n_trials} trials are not finished: go on with --resume"
     print(f"--timeout is over; {rest}" if left > 0 else f"all {config.n_trials} trials are done")
 
 
 def run_workers(study: optuna.Study, config: Config, url: str) -> None:
-    """Start --workers processes on the study, and show what they do until all have ended. Raises UserError."""
+    """Start --workers processes on the study, and show what they do until all have ended.
+
+    Raises UserError if all of them were lost; if some were, the others do their trials.
+    """
     one = replace(config, storage=url, workers=1, output_dir=None, resume=None)
     threads = max(1, torch.get_num_threads() // config.workers)
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=work, args=(one, threads), daemon=True) for _ in range(config.workers)]
-    progress, shown = Progress(config), {trial.number for trial in study.get_trials(deepcopy=False)}
+    shown = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    study.set_user_attr("workers", config.workers)
+    progress = Progress(study, config)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers: Ctrl-C is for this process
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, handler)
     try:
         at_work = True
         while at_work:
@@ -370,16 +388,20 @@ def run_workers(study: optuna.Study, config: Config, url: str) -> None:
     finally:
         progress.bar.close()
         for worker in workers:
-            worker.terminate()
+            worker.kill()
             worker.join()
-    unfinished = sum(trial.state.is_finished() for trial in counted(study)) < config.n_trials
-    if unfinished and (lost := [worker.exitcode for worker in workers if worker.exitcode]):
-        raise fn.UserError(f"--workers: {len(lost)} of {config.workers} were lost, status {lost}: go on with --resume")
+    lost = [worker.exitcode for worker in workers if worker.exitcode]
+    what = f"{len(lost)} of {config.workers} were lost, status {lost}"
+    check(len(lost) < config.workers or n_finished(study) == config.n_trials, f"--workers: {what}: go on with --resume")
+    if lost:
+        print(f"warning: of the workers, {what}", file=sys.stderr)
     print_what_is_left(study, config)
 
 
 def work(config: Config, threads: int) -> None:
     """What each of --workers processes does: trials of the shared study, until it is complete."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaves
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says what there is to say
     torch.set_num_threads(threads)
     quiet_optuna()
@@ -387,11 +409,17 @@ def work(config: Config, threads: int) -> None:
     ended_by: tuple[type[Exception], ...] = (fn.UserError, *database_errors())
     try:
         run_study(open_study(config, config.storage), load_splits(config), config)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except ended_by as error:
         print(f"a worker ended: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however that was ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config, progress: Progress) -> None:
@@ -408,9 +436,8 @@ def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config, progress:
         while reason := reasons[-1].__context__:
             reasons.append(reason)
         if any("Cannot tell" in str(reason) for reason in reasons):
-            print(
-                "a trial was given to another worker, as this one gave no sign of life: raise --heartbeat", flush=True
-            )
+            lost = "a trial was given to another worker, as this one gave no sign of life: raise --heartbeat"
+            print(lost, file=sys.stderr)
             return
         raise next((reason for reason in reasons if isinstance(reason, database_errors())), error) from None
 
@@ -453,6 +480,7 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
     """Optuna's own figures of the study; those that compare trials need four that were completed."""
     import matplotlib.pyplot as plt  # which Optuna's figures belong to
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
     from optuna.visualization import matplotlib as plots
 
     complete = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
@@ -471,15 +499,21 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
             warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
             axes = np.atleast_1d(plot(study))[0]
             if name == "intermediate_values":
-                axes.set(xlabel="epoch, from 0", ylabel=loss, yscale="log")
-                axes.get_legend().remove()  # an entry for each trial
+                axes.set(xlabel="epoch", ylabel=loss, yscale="log")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.xaxis.set_major_formatter(lambda epoch, _: f"{epoch + 1:g}")  # Lightning counts from 0
+                if legend := axes.get_legend():
+                    legend.remove()  # an entry for each trial
             axes.figure.set_size_inches(width, 5)
             fn.save_figure(axes.figure, folder / f"{name}.png")
         plt.close(axes.figure)
 
 
 def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
-    """Epochs and seconds that were spent, and those that pruned trials would have taken beside, at their own pace."""
+    """Epochs and seconds that were spent, and those that pruned trials would have taken beside, at their own pace.
+
+    Trials that diverged are not counted as saving anything, as they could not have gone on.
+    """
     spent = {"epochs": 0, "epochs_saved": 0, "seconds": 0.0, "seconds_saved": 0.0}
     for trial in counted(study):
         if trial.duration is None:
@@ -487,7 +521,7 @@ def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
         epochs, seconds = len(trial.intermediate_values), trial.duration.total_seconds()
         spent["epochs"] += epochs
         spent["seconds"] += seconds
-        if trial.state.name == "PRUNED" and epochs:
+        if trial.state.name == "PRUNED" and epochs and "diverged" not in trial.user_attrs:
             spent["epochs_saved"] += config.epochs - epochs
             spent["seconds_saved"] += (config.epochs - epochs) * seconds / epochs
     return {name: round(value, 1) for name, value in spent.items()}
@@ -529,10 +563,10 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
     plot_study(study, folder)
     print(f"\nthe best of {len(trials)} trials ({outcome['pruned']} pruned, {outcome['failed']} failed):")
     outcome["best_trials"] = print_best(study)
-    asked = spent["epochs"] + spent["epochs_saved"]
+    epochs, seconds = (spent[unit] + spent[f"{unit}_saved"] for unit in ("epochs", "seconds"))
     print(
-        f"pruning saved {spent['epochs_saved']:,.0f} of {asked:,.0f} epochs, about "
-        f"{fn.format_time(spent['seconds_saved'])} of {fn.format_time(spent['seconds'] + spent['seconds_saved'])}"
+        f"pruning saved {spent['epochs_saved']:,.0f} of {epochs:,.0f} epochs, about "
+        f"{fn.format_time(spent['seconds_saved'])} of {fn.format_time(seconds)} of computing"
     )
     print(f"train the first in full: python rnn.py --config {file}")
     return {"study": outcome, "best_config": str(file)}
@@ -557,9 +591,10 @@ def load_splits(config: Config) -> rnn.Splits:
     splits = rnn.split(data, rnn.Config(seed=config.seed, validation_fraction=config.validation_fraction, batch_size=2))
     images, labels = splits.train
     seen = fn.stratified_subset(labels, config.train_fraction, config.seed)
+    flag = f"--dataset {data.name}" if config.train_fraction == 1 else f"--train_fraction {config.train_fraction}"
     check(
         len(seen) >= max(BATCH_SIZES),
-        f"--dataset {data.name}: {len(seen)} training images are too few for batch size {max(BATCH_SIZES)}",
+        f"{flag}: {len(seen)} training images are too few for batch size {max(BATCH_SIZES)}",
     )
     return replace(splits, train=(images[seen], labels[seen]))
 

@@ -133,7 +133,10 @@ def test_images_are_augmented_and_labels_smoothed_in_training_only(monkeypatch):
     expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(module.training_step(batch, 0)["loss"], expected)
     assert seen == [(2, True)]
-    torch.testing.assert_close(module._step(batch)["loss"], nn.functional.cross_entropy(logits, batch[1]))
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.validation_step(batch, 0)
+    torch.testing.assert_close(logged["validation_loss"], nn.functional.cross_entropy(logits, batch[1]))
     assert len(seen) == 1
 
 
@@ -171,6 +174,14 @@ def test_one_cycle_rises_for_the_warm_up_and_falls_to_nothing():
     assert rates[:5] == sorted(rates[:5])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert (rates[0], rates[-1]) == (pytest.approx(0.01 / 25), pytest.approx(0, abs=1e-7))
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(8, 3), (9, 3), (16, 2)])
+def test_one_cycle_of_a_few_steps(n, epochs):
+    """A warm-up of one step is none; PyTorch would divide by 0."""
+    config = tiny_config(schedule="one_cycle", epochs=epochs, warmup_epochs=1)
+    _, log = rnn.train(config, "rnn", tiny_splits(n))
+    assert len(log.rows) == epochs
 
 
 def test_epochs_may_grow_on_a_plateau_only():
@@ -220,6 +231,29 @@ def test_what_a_network_without_memory_has_read_is_its_last_row():
     module, config = trained("rnn")
     module.model.recurrent.weight_hh_l0.data.zero_()
     assert rnn.gradient_by_row(module, *tiny_splits().test, config) == [0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_where_no_gradient_comes_through_shares_are_0():
+    module, config = trained()
+    module.model.head[-1].weight.data.zero_()
+    assert rnn.gradient_by_row(module, *tiny_splits().test, config) == [0] * 8
+
+
+@pytest.mark.parametrize("shares", [[0.2, 0.3, 0.5], [1e-7, 1e-3, 0.999], [0, 0, 1], [0, 0, 0]])
+def test_rows_figure_labels_the_ends_of_its_axis(tmp_path, monkeypatch, shares):
+    figures = []
+    monkeypatch.setattr(fn, "save_figure", lambda figure, file: figures.append(figure))
+    rnn.plot_rows({"gru": {"accuracy_by_rows": [0.1, 0.2, 0.3], "gradient_by_row": shares}}, 10, tmp_path / "x.png")
+    axis = figures[0].axes[1]
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    assert low <= min((share for share in shares if share), default=1)
+
+
+def test_unknown_pooling_is_an_error():
+    with pytest.raises(ValueError, match="last, mean or attention, got max"):
+        rnn.SimpleRNN(6, 5, 1, 3, l2=4, l3=4, pooling="max")
 
 
 def test_unknown_cell_is_an_error():
