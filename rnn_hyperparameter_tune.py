@@ -552,6 +552,7 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
         "trials": len(trials),
         "pruned": count[TrialState.PRUNED],
         "failed": count[TrialState.FAIL],
+        "workers": config.workers,
     }
     if not count[TrialState.COMPLETE]:
         print("no trial was completed: raise --n_trials or --timeout, and go on with --resume")
