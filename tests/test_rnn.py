@@ -199,6 +199,16 @@ def trained(cell="gru", **changes):
     return rnn.train(config, cell, tiny_splits())[0], config
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean", "attention"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_after_each_row_is_the_network_on_the_rows_so_far(bidirectional, pooling):
+    torch.manual_seed(0)
+    model = rnn.SimpleRNN(6, 5, 2, 3, 4, 4, "lstm", bidirectional, pooling=pooling).eval()
+    x = torch.randn(2, 7, 6)
+    expected = torch.stack([model(x[:, :k]) for k in range(1, 8)], 1)
+    torch.testing.assert_close(model.after_each_row(x), expected)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_accuracy_by_rows_is_that_of_the_sequence_cut_off(bidirectional):
     module, config = trained(bidirectional=bidirectional)
