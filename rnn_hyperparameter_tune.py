@@ -52,6 +52,8 @@ class Config(RunConfig):
 
     space: Literal["default", "extended"] = "default"
     """what is tuned: the recipe's own numbers, or also cell, direction, pooling, regularisation and augmentation"""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """how trials are drawn: the likes of the best so far (TPE), or all alike, to compare with"""
     cell: Literal["rnn", "lstm", "gru"] = "rnn"
     """kind of recurrent layer, unless the extended space draws it"""
     n_trials: int = 100
@@ -201,21 +203,23 @@ def place_in_study(study: optuna.Study, number: int) -> int:
 
 
 def make_sampler(config: Config) -> optuna.samplers.BaseSampler:
-    """TPE whose draws follow from the seed, the trials so far, and the trial's place in the study.
+    """A sampler whose draws follow from the seed, the trials so far, and the trial's place in the study.
 
     So a study that was interrupted draws what it would have drawn. Once several workers have been at it, the trial's
     number stands for the place, which may change while others are interrupted: no two trials draw alike.
     """
     import optuna
 
-    liar = config.storage is not None  # takes trials that others run for bad ones, lest it draws the like of them
+    # TPE among several workers takes trials that others run for bad ones, lest it draws the like of them.
+    options = {"constant_liar": config.storage is not None} if config.sampler == "tpe" else {}
+    base: Any = optuna.samplers.TPESampler if config.sampler == "tpe" else optuna.samplers.RandomSampler
 
-    class Sampler(optuna.samplers.TPESampler):
+    class Sampler(base):
         def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             several = config.storage or "workers" in study.user_attrs
             place = trial.number if several else place_in_study(study, trial.number)
             seed = fn.mix_seed(config.seed, place) % 2**32
-            super().__init__(seed=seed, constant_liar=liar)  # the public way to seed it anew
+            super().__init__(seed=seed, **options)  # the public way to seed it anew
             super().before_trial(study, trial)
 
     return Sampler()
@@ -281,10 +285,10 @@ def require_same_task(study: optuna.Study, config: Config) -> None:
     """Note in a new study what it is about; raise UserError if an older one is about something else."""
     from optuna.study import StudyDirection
 
-    keys = ["dataset", "image_size", "validation_fraction", "train_fraction", "seed", "space", "cell", "epochs"]
+    keys = ["dataset", "image_size", "validation_fraction", "train_fraction", "seed", "space", "sampler", "cell"]
     if config.space == "extended":
         keys.remove("cell")  # drawn
-    task = {key: getattr(config, key) for key in (*keys, "precision", "heartbeat")}
+    task = {key: getattr(config, key) for key in (*keys, "epochs", "precision", "heartbeat")}
     another = f"--study_name {config.study_name}"
     ours = not study.get_trials(deepcopy=False) and study.directions == [StudyDirection.MINIMIZE]
     noted = study.user_attrs.get("task")  # read after the trials: a worker that starts now notes it before it tries

@@ -169,6 +169,7 @@ BAD = [
     (TUNE, [*DIGITS, "--train_fraction", "0"], "--train_fraction", "at most 1"),
     (TUNE, [*DIGITS, "--train_fraction", "0.1"], "--train_fraction 0.1", "too few for batch size 256"),
     (TUNE, [*DIGITS, "--space", "all"], "--space", "extended"),
+    (TUNE, [*DIGITS, "--sampler", "grid"], "--sampler", "random"),
     (TUNE, [*DIGITS, "--timeout", "-1"], "--timeout", "positive"),
     (TUNE, [*DIGITS, "--heartbeat", "0"], "--heartbeat", "at least 2"),
     (TUNE, [*DIGITS, "--cell", "all"], "--cell", "lstm"),

@@ -191,15 +191,32 @@ def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     assert [trial.number for trial in again.trials] == [0, 1, 2]
 
 
-def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path):
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path, sampler):
     """Draws follow from the seed and the trial's place, in which an interrupted trial does not count."""
-    study, _, config = small_study(tmp_path)
+    study, _, config = small_study(tmp_path, sampler=sampler)
     first = [tune.suggest(study.ask(), config).learning_rate for _ in range(2)]
     again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")  # fails what was running when its process ended
     assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL"]
     repeated = [tune.suggest(again.ask(), config).learning_rate for _ in range(3)]
     assert repeated[:2] == first
     assert len(set(repeated)) == 3
+
+
+def test_random_search_does_not_look_at_the_losses(tmp_path):
+    """Twelve trials of which those of little width are best: TPE goes on with them, random search as it would have."""
+    drawn = {}
+    for sampler in ("tpe", "random"):
+        for best in (128, 512):
+            folder = tmp_path / f"{sampler}{best}"
+            folder.mkdir()
+            study, _, config = small_study(folder, sampler=sampler)
+            for _ in range(12):
+                trial = study.ask()
+                study.tell(trial, abs(tune.suggest(trial, config).hidden_size - best))
+            drawn[sampler, best] = [tune.suggest(study.ask(), config).hidden_size for _ in range(8)]
+    assert drawn["random", 128] == drawn["random", 512]
+    assert drawn["tpe", 128] != drawn["tpe", 512]
 
 
 def test_another_seed_draws_other_trials(tmp_path):
