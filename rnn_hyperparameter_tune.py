@@ -484,7 +484,6 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
     """Optuna's own figures of the study; those that compare trials need four that were completed."""
     import matplotlib.pyplot as plt  # which Optuna's figures belong to
     import numpy as np
-    from matplotlib.ticker import MaxNLocator
     from optuna.visualization import matplotlib as plots
 
     complete = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
@@ -503,14 +502,27 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
             warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
             axes = np.atleast_1d(plot(study))[0]
             if name == "intermediate_values":
-                axes.set(xlabel="epoch", ylabel=loss, yscale="log")
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axes.xaxis.set_major_formatter(lambda epoch, _: f"{epoch + 1:g}")  # Lightning counts from 0
-                if legend := axes.get_legend():
-                    legend.remove()  # an entry for each trial
+                dress_intermediate_values(axes, study)
             axes.figure.set_size_inches(width, 5)
             fn.save_figure(axes.figure, folder / f"{name}.png")
         plt.close(axes.figure)
+
+
+def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
+    """Pruned trials in grey, completed ones in blue; epochs from 1, where Lightning counts from 0; no list of trials."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="epoch", ylabel="validation loss", yscale="log", title="Trials, pruned (grey) and completed (blue)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda epoch, _: f"{epoch + 1:g}")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
+    if legend := axes.get_legend():
+        legend.remove()
+    pruned = {f"Trial{trial.number}" for trial in study.get_trials(deepcopy=False) if trial.state.name == "PRUNED"}
+    for line in axes.get_lines():
+        grey = line.get_label() in pruned
+        line.set(color="0.65" if grey else "C0", zorder=2 if grey else 3)
 
 
 def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
