@@ -509,7 +509,7 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
 
 
 def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
-    """Pruned trials in grey, completed ones in blue; epochs from 1, where Lightning counts from 0; no list of trials."""
+    """Pruned trials in grey, completed ones in blue; epochs from 1 (Lightning counts from 0); no list of trials."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="epoch", ylabel="validation loss", yscale="log", title="Trials, pruned (grey) and completed (blue)")
@@ -522,7 +522,7 @@ def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
     pruned = {f"Trial{trial.number}" for trial in study.get_trials(deepcopy=False) if trial.state.name == "PRUNED"}
     for line in axes.get_lines():
         grey = line.get_label() in pruned
-        line.set(color="0.65" if grey else "C0", zorder=2 if grey else 3)
+        line.set(color="0.65" if grey else "tab:blue", zorder=2 if grey else 3)
 
 
 def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
