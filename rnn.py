@@ -9,8 +9,8 @@ Compared are the plain RNN (Elman 1990), the LSTM (Hochreiter & Schmidhuber 1997
     python rnn.py --config runs/.../best_config.yaml  # what rnn_hyperparameter_tune.py found
     python rnn.py --resume                          # continue the newest run where it was interrupted
 
-Measured (results/rnn): after 3 of the 100 epochs the RNN reaches 30.6 %, the LSTM 38.6 % and the GRU 39.1 % of
-CIFAR-10's test images (JPEG copy).
+Measured (results/rnn): in 100 epochs the RNN reaches 51.1 %, the LSTM 57.9 % and the GRU 61.5 % of CIFAR-10's test
+images (JPEG copy); configs/rnn_best.yaml goes further.
 """
 
 from __future__ import annotations

@@ -110,3 +110,24 @@ def test_results_were_made_by_a_committed_state(file):
     results = json.loads(file.read_text())
     assert results["git_commit"]
     assert results["git_dirty"] is False
+
+
+def results_of(name):
+    return json.loads((ROOT / "results" / name / "results.json").read_text())
+
+
+def test_the_table_per_class_is_that_of_the_results():
+    networks = {cell.upper(): outcome for cell, outcome in results_of("rnn")["cells"].items()}
+    networks["best LSTM"] = results_of("rnn-best")["cells"]["lstm"]
+    for name, outcome in networks.items():
+        assert " | ".join([f"| {name}", *(f"{100 * share:.1f}" for share in outcome["per_class"].values())]) in README
+
+
+def test_the_table_of_the_study_is_that_of_the_results():
+    study = results_of("rnn-study")["study"]
+    for trial in study["best_trials"]:
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial["params"].values()]
+        assert " | ".join([f"| {trial['trial']}", f"{trial['value']:.4f}", *values]) + " |" in README
+    epochs = study["epochs"] + study["epochs_saved"]
+    assert f"pruned {study['pruned']} of {study['trials']} trials and saved {study['epochs_saved']:,.0f} of" in README
+    assert f"{epochs:,.0f} epochs" in README
