@@ -151,7 +151,9 @@ def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run_here, tmp
     out = tmp_path / "study"
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"study", "best_config"}
-    assert {"trials", "pruned", "failed", "best_value", "best_params", "best_trials"} <= set(results["study"])
+    spent = {"epochs", "epochs_saved", "seconds", "seconds_saved"}
+    outcome = {"trials", "pruned", "failed", "workers", "best_value", "best_params", "best_trials"}
+    assert outcome | spent == set(results["study"])
     assert results["study"]["trials"] == 3
     assert is_png(out / "history.png")
     assert len(re.findall(r"^trial \d/3 ", done.stdout, re.M)) == 3
