@@ -503,6 +503,8 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
             axes = np.atleast_1d(plot(study))[0]
             if name == "intermediate_values":
                 dress_intermediate_values(axes, study)
+            elif name == "parallel_coordinates":
+                dress_parallel_coordinates(axes)
             axes.figure.set_size_inches(width, 5)
             fn.save_figure(axes.figure, folder / f"{name}.png")
         plt.close(axes.figure)
@@ -523,6 +525,16 @@ def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
     for line in axes.get_lines():
         grey = line.get_label() in pruned
         line.set(color="0.65" if grey else "tab:blue", zorder=2 if grey else 3)
+
+
+def dress_parallel_coordinates(axes: Any) -> None:
+    """Without a grid, which would belong to the first of its many scales alone; no line runs through a number."""
+    first, _colorbar, *scales = axes.figure.axes
+    first.grid(False)
+    for scale in scales:
+        scale.grid(False)
+    for label in (label for scale in scales[:-1] for label in scale.get_yticklabels()):  # the last stand outside
+        label.set_bbox({"facecolor": first.get_facecolor(), "alpha": 0.8, "linewidth": 0, "pad": 1})
 
 
 def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
@@ -546,16 +558,14 @@ def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
 def print_best(study: optuna.Study) -> list[dict[str, Any]]:
     """A table of the five best trials, one to a column; returns them for results.json."""
     best = sorted((t for t in counted(study) if t.state.name == "COMPLETE"), key=lambda trial: trial.value or 0.0)[:5]
-    table = [("trial", [str(place_in_study(study, trial.number) + 1) for trial in best])]
-    table.append(("validation loss", [f"{trial.value:.4f}" for trial in best]))
+    places = [place_in_study(study, trial.number) + 1 for trial in best]
+    table = {"trial": [str(place) for place in places], "validation loss": [f"{trial.value:.4f}" for trial in best]}
     for name in dict.fromkeys(name for trial in best for name in trial.params):
         values = [trial.params.get(name, "-") for trial in best]
-        table.append((name, [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]))
-    for name, texts in table:
+        table[name] = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+    for name, texts in table.items():
         print(f"    {name:15}" + "".join(f"{text:>11}" for text in texts))
-    return [
-        {"trial": int(place), "value": t.value, "params": t.params} for place, t in zip(table[0][1], best, strict=True)
-    ]
+    return [{"trial": place, "value": t.value, "params": t.params} for place, t in zip(places, best, strict=True)]
 
 
 def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
