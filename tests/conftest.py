@@ -1,5 +1,6 @@
 """Fixtures: a small folder of real images, and a way to run a script as a user does."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -15,6 +16,8 @@ from PIL import Image
 import functions as fn
 
 torch.set_num_threads(1)  # the tests share the cores among themselves, and other threads would round differently
+
+fn.make_parser = functools.cache(fn.make_parser)  # a tenth of a second each, and the tests ask for hundreds
 
 ROOT = Path(__file__).parent.parent
 
