@@ -76,6 +76,13 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch found no memory, for which it has several ways: the CPU's, CUDA's, and cuBLAS's and cuDNN's."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    plain = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return plain or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 @dataclass
 class RunConfig:
     """What every script's configuration begins with."""
@@ -227,6 +234,11 @@ def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], d
         main(config)
     except (UserError, OSError) as error:  # an OSError names its file, such as a folder that may not be read
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{script}: error: out of memory: take smaller batches, or a smaller network", file=sys.stderr)
         sys.exit(2)
     except TimeIsUp as time_is_up:
         print(f"--max_time is over; {time_is_up}")
@@ -1002,7 +1014,7 @@ class EpochLog(Callback):
         return "  ".join(words) + (f"  {format_time(left)} left" if left else "")
 
 
-def write_csv(file: Path, rows: list[dict[str, float]]) -> None:
+def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as CSV, whole or not at all; a column that a row lacks stays empty there."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

@@ -70,7 +70,8 @@ class Config(RunConfig):
     """the learning rate falls when the validation loss no longer does, or rises for --warmup_epochs and then falls to
     nothing along a cosine"""
     patience: int = 10
-    """of plateau: epochs without a lower validation loss before the learning rate falls to a tenth"""
+    """of plateau: epochs without a lower validation loss that are borne; at the next, the learning rate falls to a
+    tenth"""
     warmup_epochs: int = 0
     """of one_cycle: epochs in which the learning rate rises"""
     gradient_clip: float = 0.0
@@ -149,7 +150,8 @@ def split(data: ImageDataset, config: Config) -> Splits:
     lost = [name for i, name in enumerate(data.classes) if not (labels[kept] == i).any()]
     check(
         not lost,
-        f"--dataset {data.name}: a class needs two training images or more, one for validation: {', '.join(lost)}",
+        f"--dataset {data.name} with --validation_fraction {config.validation_fraction} leaves nothing to train on of "
+        f"{', '.join(lost)}: hold out less, or take more images",
     )
     check(
         config.batch_size <= len(kept),
@@ -298,7 +300,7 @@ class RowClassification(fn.Classification):
         optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        if config.schedule == "one_cycle":  # Smith & Topin 2019: both ways along a cosine
+        if config.schedule == "one_cycle":  # after Smith & Topin 2019, along cosines
             steps, warmup = (epochs * len(self.train_batches) for epochs in (config.epochs, config.warmup_epochs))
             rising = warmup / steps if warmup > 1 else 0.0  # PyTorch divides by the warm-up's steps but one
             cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -371,8 +373,8 @@ def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, c
     """How much each row matters to the loss: the norm of the loss's gradient with respect to it, as shares of 1.
 
     images: uint8 (N, C, H, W), labels: int64 (N,); norms are averaged over the images. In a network that reads
-    downwards the gradient comes to the first rows through all later steps: it vanishes where the cell forgets
-    (Bengio, Simard & Frasconi 1994).
+    downwards and hands on its last state alone, the gradient comes to the first rows through all later steps: it
+    vanishes where the cell forgets (Bengio, Simard & Frasconi 1994). Pooling gives every row a way of its own.
     """
     device, total = fn.resolve_device(config.accelerator), torch.zeros(images.shape[2])
     module.eval().to(device)
@@ -393,10 +395,10 @@ def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> Non
     for name, result in cells.items():
         left.plot(rows, result["accuracy_by_rows"], label=name.upper())
         right.plot(rows, result["gradient_by_row"], label=name.upper())
-    left.axhline(1 / classes, color="grey", linestyle=":", label="chance; all rows alike")
+    left.axhline(1 / classes, color="grey", linestyle=":", label="left: chance\nright: equal shares")
     left.set(xlabel="rows read, from the top", ylabel="test accuracy", title="What it knows after the first rows")
-    right.axhline(1 / len(rows), color="grey", linestyle=":")  # all rows alike
-    right.set(xlabel="row", ylabel="share of the gradient", yscale="log", title="How far back it remembers")
+    right.axhline(1 / len(rows), color="grey", linestyle=":")
+    right.set(xlabel="row", ylabel="share of the gradient", yscale="log", title="Which rows the loss depends on")
     shares = [share for result in cells.values() for share in result["gradient_by_row"] if share > 0] or [1.0]
     high = math.ceil(math.log10(max(shares)))
     right.set_ylim(10 ** min(math.floor(math.log10(min(shares))), high - 1), 10**high)

@@ -2,8 +2,8 @@
 With --space extended also: which cell, direction, pooling, regularisation and augmentation?
 
 Every trial draws a configuration (TPE, Bergstra et al. 2011), trains it with Lightning for at most --epochs epochs,
-and is stopped early when its validation loss is above the median of earlier trials at that epoch. The test images
-stay unseen.
+and is stopped early when its lowest validation loss so far is above the median of what completed trials had by that
+epoch. The test images stay unseen.
 
     python rnn_hyperparameter_tune.py                                 # CIFAR-10, 100 trials of at most 10 epochs
     python rnn_hyperparameter_tune.py --dataset digits --n_trials 20  # no download, a minute
@@ -16,13 +16,13 @@ stay unseen.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -86,6 +86,8 @@ class Config(RunConfig):
 
     def validate(self) -> None:
         super().validate()
+        in_memory = self.storage in ("sqlite://", "sqlite:///:memory:")
+        check(not in_memory, f"--storage {self.storage} lies in memory, where no other worker sees it: name a file")
         check(self.heartbeat >= 2, f"--heartbeat must be at least 2 seconds, got {self.heartbeat}")
         check(self.n_trials >= 1, f"--n_trials must be at least 1, got {self.n_trials}")
         check(self.epochs >= 1, f"--epochs must be at least 1, got {self.epochs}")
@@ -177,13 +179,11 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     except fn.Diverged as diverged:
         trial.set_user_attr("diverged", True)
         raise optuna.TrialPruned(str(diverged)) from None
-    except (MemoryError, RuntimeError) as error:  # PyTorch raises a plain RuntimeError on the CPU
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not fn.is_out_of_memory(error):
             raise
         trial.set_user_attr("error", f"out of memory: {error}")
         raise MemoryError from None
-    finally:
-        gc.collect()  # Lightning's objects refer to each other: let a trial's memory go before the next
     return min(row["validation_loss"] for row in log.rows)
 
 
@@ -307,7 +307,7 @@ def n_finished(study: optuna.Study) -> int:
 
 
 class Progress:
-    """A line for each trial that ends, and on a terminal a bar below them with the best value so far."""
+    """A line for each trial that ends, with what was drawn if it is the best so far; on a terminal, a bar below."""
 
     def __init__(self, study: optuna.Study, config: Config) -> None:
         self.n_trials, done = config.n_trials, n_finished(study)
@@ -322,19 +322,21 @@ class Progress:
             best = f"best {study.best_value:.4f} (trial {place_in_study(study, study.best_trial.number) + 1})"
         place = place_in_study(study, trial.number) + 1
         tqdm.write(f"trial {place:>{len(str(self.n_trials))}}/{self.n_trials}  {describe_trial(trial, best)}")
+        if trial.state.name == "COMPLETE" and trial.number == study.best_trial.number:
+            drawn = (f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+            tqdm.write(textwrap.fill(", ".join(drawn), 110, initial_indent="    ", subsequent_indent="    "))
         sys.stdout.flush()
         self.bar.set_postfix_str(best, refresh=False)
         self.bar.update(n_finished(study) - self.bar.n)
 
 
 def describe_trial(trial: optuna.trial.FrozenTrial, best: str) -> str:
-    """How a trial ended, the best of the study so far, and what was drawn: one line."""
+    """How a trial ended, and the best of the study so far: one line."""
     epochs, state = len(trial.intermediate_values), trial.state.name.lower()
     outcome = f"loss {trial.value:.4f}" if trial.value is not None else "loss   -   "
     if "error" in trial.user_attrs:
-        outcome = " ".join(trial.user_attrs["error"].split())[:60]
-    drawn = "  ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
-    return f"{state:8}  {epochs:2} epochs  {outcome}  {best}  | {drawn}"
+        outcome = trial.user_attrs["error"].partition(":")[0]
+    return f"{state:8}  {epochs:2} epochs  {outcome}  {best}"
 
 
 def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
@@ -360,8 +362,9 @@ def run_study(study: optuna.Study, splits: rnn.Splits, config: Config) -> None:
 
 def print_what_is_left(study: optuna.Study, config: Config) -> None:
     left = config.n_trials - n_finished(study)
-    rest = f"{left} of {config.n_trials} trials are not finished: go on with --resume"
-    print(f"--timeout is over; {rest}" if left > 0 else f"all {config.n_trials} trials are done")
+    over = "" if config.timeout is None else "--timeout is over; "
+    rest = f"{over}{left} of {config.n_trials} trials are not finished: go on with --resume"
+    print(rest if left > 0 else f"all {config.n_trials} trials are done")
 
 
 def run_workers(study: optuna.Study, config: Config, url: str) -> None:
@@ -434,6 +437,7 @@ def run_trial(study: optuna.Study, splits: rnn.Splits, config: Config, progress:
             n_trials=1,
             callbacks=[progress],
             catch=(MemoryError, NotCounted),
+            gc_after_trial=True,  # Lightning's objects refer to each other: let a trial's memory go before the next
         )
     except (ValueError, AssertionError, UnboundLocalError) as error:  # Optuna's, which stumbles over the real reason
         reasons: list[BaseException] = [error]
@@ -495,16 +499,20 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
     }
     if complete >= 4:
         figures["importances"] = (partial(plots.plot_param_importances, target_name=loss), 9)
-        figures["parallel_coordinates"] = (partial(plots.plot_parallel_coordinate, target_name=loss), 1.6 * drawn)
+        figures["parallel_coordinates"] = (partial(plots.plot_parallel_coordinate, target_name=loss), 6 + 0.8 * drawn)
         figures["slices"] = (partial(plots.plot_slice, target_name=loss), 2.2 * drawn)
+    dress = {
+        "history": lambda axes, _: axes.set_xlabel("trial (Optuna counts from 0)"),
+        "intermediate_values": dress_intermediate_values,
+        "importances": lambda axes, _: axes.set_title("Hyperparameter importances (PED-ANOVA) among completed trials"),
+        "parallel_coordinates": dress_parallel_coordinates,
+        "slices": dress_slices,
+    }
     for name, (plot, width) in figures.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
             axes = np.atleast_1d(plot(study))[0]
-            if name == "intermediate_values":
-                dress_intermediate_values(axes, study)
-            elif name == "parallel_coordinates":
-                dress_parallel_coordinates(axes)
+            dress[name](axes, study)
             axes.figure.set_size_inches(width, 5)
             fn.save_figure(axes.figure, folder / f"{name}.png")
         plt.close(axes.figure)
@@ -527,14 +535,29 @@ def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
         line.set(color="0.65" if grey else "tab:blue", zorder=2 if grey else 3)
 
 
-def dress_parallel_coordinates(axes: Any) -> None:
+def dress_parallel_coordinates(axes: Any, study: optuna.Study) -> None:
     """Without a grid, which would belong to the first of its many scales alone; no line runs through a number."""
+    import optuna
+    from matplotlib.ticker import MaxNLocator
+
     first, _colorbar, *scales = axes.figure.axes
     first.grid(False)
-    for scale in scales:
+    kinds = {name: kind for t in study.get_trials(deepcopy=False) for name, kind in t.distributions.items()}
+    for name, scale in zip((label.get_text() for label in first.get_xticklabels()[1:]), scales, strict=True):
         scale.grid(False)
+        scale.yaxis.set_minor_formatter("")
+        if isinstance(kinds.get(name), optuna.distributions.IntDistribution):
+            scale.yaxis.set_major_locator(MaxNLocator(integer=True))
     for label in (label for scale in scales[:-1] for label in scale.get_yticklabels()):  # the last stand outside
         label.set_bbox({"facecolor": first.get_facecolor(), "alpha": 0.8, "linewidth": 0, "pad": 1})
+
+
+def dress_slices(axes: Any, study: optuna.Study) -> None:
+    """Upright numbers below narrow panels, so that they do not run into each other."""
+    for panel in axes.figure.axes[:-1]:  # the last is the colour bar
+        panel.tick_params(axis="x", rotation=90)
+        if panel.get_xscale() == "log":
+            panel.xaxis.set_minor_formatter("")
 
 
 def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
@@ -549,10 +572,20 @@ def saved_by_pruning(study: optuna.Study, config: Config) -> dict[str, float]:
         epochs, seconds = len(trial.intermediate_values), trial.duration.total_seconds()
         spent["epochs"] += epochs
         spent["seconds"] += seconds
-        if trial.state.name == "PRUNED" and epochs and "diverged" not in trial.user_attrs:
+        diverged = "diverged" in trial.user_attrs or not all(map(math.isfinite, trial.intermediate_values.values()))
+        if trial.state.name == "PRUNED" and epochs and not diverged:
             spent["epochs_saved"] += config.epochs - epochs
             spent["seconds_saved"] += (config.epochs - epochs) * seconds / epochs
     return {name: round(value, 1) for name, value in spent.items()}
+
+
+def save_trials(study: optuna.Study, file: Path) -> None:
+    """All trials as CSV, in the order in which they began: how each ended, and what was drawn for it."""
+    rows = [
+        {"trial": place + 1, "state": t.state.name, "epochs": len(t.intermediate_values), "value": t.value, **t.params}
+        for place, t in enumerate(counted(study))
+    ]
+    fn.write_csv(file, rows)
 
 
 def print_best(study: optuna.Study) -> list[dict[str, Any]]:
@@ -569,10 +602,11 @@ def print_best(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
-    """Print the best trials, write best_config.yaml and the figures; returns results.json's part."""
+    """Print the best trials, write trials.csv, best_config.yaml and the figures; returns results.json's part."""
     from optuna.trial import TrialState
 
     trials = counted(study)
+    save_trials(study, folder / "trials.csv")
     count = {state: sum(t.state == state for t in trials) for state in TrialState}
     outcome: dict[str, Any] = {
         "trials": len(trials),
@@ -627,6 +661,8 @@ def load_splits(config: Config) -> rnn.Splits:
 
 
 def main(config: Config) -> None:
+    import sqlalchemy
+
     record = fn.start_record(config)
     quiet_optuna()
     splits = load_splits(config)
@@ -638,8 +674,10 @@ def main(config: Config) -> None:
     )
     shared = open_study(config, config.storage) if config.storage else None  # before a folder is made for nothing
     with fn.run_folder(config) as folder:
-        url = config.storage or f"sqlite:///{folder / 'study.db'}"
+        url = config.storage or str(sqlalchemy.URL.create("sqlite", database=str(folder / "study.db")))
         study = shared or open_study(config, url)
+        if done := n_finished(study):
+            print(f"going on with the study {config.study_name}: {done} trials are there")
         try:
             if config.workers == 1:
                 run_study(study, splits, config)

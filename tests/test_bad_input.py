@@ -152,6 +152,8 @@ BAD = [
     (RNN, [*DIGITS, "--hidden_size", "0"], "--hidden_size", "at least 1"),
     (RNN, [*DIGITS, "--patience", "-1"], "--patience", "0 or more"),
     (RNN, [*DIGITS, "--validation_fraction", "1"], "--validation_fraction", "between 0 and 1"),
+    (RNN, [*DIGITS, "--validation_fraction", "0.999"], "--validation_fraction 0.999", "hold out less"),
+    (TUNE, [*DIGITS, "--storage", "sqlite://"], "--storage sqlite://", "name a file"),
     (RNN, [*DIGITS, "--learning_rate", "-1"], "--learning_rate", "positive"),
     (RNN, [*DIGITS, "--max_time", "1:00"], "--max_time", "DD:HH:MM:SS"),
     (RNN, [*DIGITS, "--dropout", "0.2"], "--dropout", "--num_layers 2"),
@@ -267,6 +269,12 @@ def test_cuda_where_there_is_none(run, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert "--accelerator cuda" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_no_memory_holds_is_one_line(run_here, tmp_path):
+    done = run_here("rnn.py", *DIGITS, "--hidden_size", 30_000_000, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "rnn.py: error: out of memory: take smaller batches, or a smaller network\n"
 
 
 # ------------------------------------------------------------------------------------------------

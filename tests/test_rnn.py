@@ -374,11 +374,18 @@ def test_the_best_epoch_is_kept_before_the_last(tmp_path):
     assert torch.equal(checkpoints.state_dict()["best_weights"]["weight"], best)
 
 
-def test_learning_rate_falls_on_a_plateau():
-    _, log = rnn.train(tiny_config(epochs=5, learning_rate=1e-9, patience=1), "rnn", tiny_splits())
-    rates = [row["learning_rate"] for row in log.rows]
-    assert rates[0] == 1e-9
-    assert rates == sorted(rates, reverse=True)
+@pytest.mark.parametrize("patience", [0, 1])
+def test_learning_rate_falls_on_a_plateau(patience):
+    """To a tenth, once the validation loss has not come below its lowest for more than `patience` epochs."""
+    _, log = rnn.train(tiny_config(epochs=10, learning_rate=0.3, patience=patience), "rnn", tiny_splits())
+    rate, lowest, bad, expected = 0.3, float("inf"), 0, []
+    for row in log.rows:
+        expected.append(rate)
+        lowest, bad = (row["validation_loss"], 0) if row["validation_loss"] < lowest * 0.9999 else (lowest, bad + 1)
+        if bad > patience:
+            rate, bad = rate / 10, 0
+    assert expected[-1] < expected[0], "it fell at all"
+    assert [row["learning_rate"] for row in log.rows] == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -1,6 +1,7 @@
 """The tuner: every value it draws reaches the model and the optimiser, and what it finds can be trained."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -273,6 +275,20 @@ def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
     assert outcome["epochs_saved"] == sum(4 - len(t.intermediate_values) for t in pruned if t.intermediate_values)
     asked = outcome["epochs"] + outcome["epochs_saved"]
     assert f"pruning saved {outcome['epochs_saved']:,} of {asked:,} epochs" in done.stdout
+    with open(tmp_path / "out/trials.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["trial"]), row["state"], float(row["value"])) for row in rows] == [
+        (trial.number + 1, trial.state.name, trial.value) for trial in study.trials
+    ]
+    assert [{name: row[name] for name in SPACE} for row in rows] == [
+        {name: str(trial.params[name]) for name in SPACE} for trial in study.trials
+    ]
+    lines, best = done.stdout.splitlines(), float("inf")
+    for trial in study.trials:  # what was drawn is shown for each new best
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"trial {trial.number + 1}/9"))
+        new_best = trial.state.name == "COMPLETE" and trial.value < best
+        best = trial.value if new_best else best
+        assert lines[at + 1].startswith(f"    hidden_size {trial.params['hidden_size']}, ") == new_best
     complete = sorted((t.value, t.number + 1, t.params) for t in study.trials if t.state.name == "COMPLETE")[:5]
     assert [(t["value"], t["trial"], t["params"]) for t in outcome["best_trials"]] == complete
     names = ("history", "intermediate_values", "importances", "parallel_coordinates", "slices")
@@ -288,19 +304,20 @@ def test_saved_by_pruning():
         ("PRUNED", 2, 6),
         ("PRUNED", 0, 1),
         ("PRUNED", 5, 5),
+        ("PRUNED", 1, 1),
         ("RUNNING", 3, 9),
     ):
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState[state],
             value=1.0 if state == "COMPLETE" else None,
-            intermediate_values=dict.fromkeys(range(epochs), 1.0),
+            intermediate_values=dict.fromkeys(range(epochs), float("nan") if epochs == 1 else 1.0),
             user_attrs={"diverged": True} if epochs == 5 else {},
         )
         trial.datetime_start = start
         trial.datetime_complete = start + timedelta(seconds=seconds) if trial.state.is_finished() else None
         study.add_trial(trial)
     spent = tune.saved_by_pruning(study, tune.Config(epochs=10))
-    assert spent == {"epochs": 17, "epochs_saved": 8, "seconds": 52, "seconds_saved": 24}
+    assert spent == {"epochs": 18, "epochs_saved": 8, "seconds": 53, "seconds_saved": 24}
 
 
 def test_a_diverging_trial_counts_as_pruned(tmp_path, monkeypatch):
@@ -315,7 +332,16 @@ def test_a_diverging_trial_counts_as_pruned(tmp_path, monkeypatch):
     assert study.trials[0].user_attrs["diverged"]
 
 
-def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(tmp_path, monkeypatch):
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(error, tmp_path, monkeypatch, capsys):
     """Out of memory fails that trial alone."""
     study, splits, config = small_study(tmp_path, n_trials=3, epochs=1)
     train, calls = rnn.train, []
@@ -323,14 +349,47 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(tmp_path, monkey
     def sometimes(*args, **options):
         calls.append(None)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return train(*args, **options)
 
     monkeypatch.setattr(rnn, "train", sometimes)
     tune.run_study(study, splits, config)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert study.trials[1].user_attrs["error"] == "out of memory: CUDA out of memory"
+    assert study.trials[1].user_attrs["error"] == f"out of memory: {error}"
+    assert "trial 2/3  fail       0 epochs  out of memory  best" in capsys.readouterr().out
     assert tune.report(study, config, tmp_path)["study"]["failed"] == 1
+
+
+def test_a_trials_network_is_gone_before_the_next_is_built(tmp_path, monkeypatch):
+    """However the trial ended: what it held on a GPU is free again."""
+    study, splits, config = small_study(tmp_path, n_trials=4, epochs=1)
+    build, networks = rnn.build_model, []
+
+    def build_and_look(*args):
+        assert [network() for network in networks] == [None] * len(networks)
+        network = build(*args)
+        networks.append(weakref.ref(network))
+        if len(networks) == 2:
+            network.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+        if len(networks) == 3:
+            network.head[-1].bias.data.fill_(torch.nan)
+        return network
+
+    monkeypatch.setattr(rnn, "build_model", build_and_look)
+    tune.run_study(study, splits, config)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+
+
+def test_the_study_lies_in_its_folder_whatever_that_is_called(run_here, tmp_path):
+    """In the URL of a database, a question mark would end the file's name."""
+    for name in ("what?1", "what?2"):
+        flags = ["--dataset", "digits", "--epochs", 1, "--n_trials", 1, "--output_dir", name]
+        done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "study.db").is_file()
+        assert "going on with" not in done.stdout
+    done = run_here("rnn_hyperparameter_tune.py", "--resume", "what?1", "--n_trials", 2, cwd=tmp_path)
+    assert "going on with the study rnn: 1 trials are there" in done.stdout
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):
