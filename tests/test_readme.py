@@ -1,5 +1,6 @@
 """Every command that the README and the scripts' own docstrings show is one that the scripts accept."""
 
+import csv
 import json
 import os
 import re
@@ -114,6 +115,50 @@ def test_results_were_made_by_a_committed_state(file):
 
 def results_of(name):
     return json.loads((ROOT / "results" / name / "results.json").read_text())
+
+
+NETWORKS = [  # the first words of a row in the README, its folder and cell
+    ("RNN", "rnn", "rnn"),
+    ("LSTM", "rnn", "lstm"),
+    ("GRU", "rnn", "gru"),
+    ("seed 0", "rnn", "rnn"),
+    ("seed 1", "rnn-seed1", "rnn"),
+    ("seed 2", "rnn-seed2", "rnn"),
+    ("LSTM", "rnn-best", "lstm"),
+    ("RNN", "rnn-study-refit", "rnn"),
+    ("GRU, both ways", "rnn-study-extended-refit", "gru"),
+]
+
+
+@pytest.mark.parametrize(("words", "folder", "cell"), NETWORKS)
+def test_the_rows_of_recurrent_networks_are_those_of_the_results(words, folder, cell):
+    outcome = results_of(folder)["cells"][cell]
+    train, validation, test = (100 * outcome[f"{split}_accuracy"] for split in ("train", "validation", "test"))
+    row = [words, str(outcome["best_epoch"]), f"{train:.1f} %", f"{validation:.1f} %", f"{train - validation:.1f}"]
+    row.append(f"**{test:.1f} %**" if folder == "rnn-best" else f"{test:.1f} %")
+    if not words.startswith("seed"):
+        row += [f"{outcome['parameters']:,}", fn.format_time(outcome["seconds"])]
+    assert f"| {' | '.join(row)} | [{folder}](results/{folder}) |" in README
+
+
+@pytest.mark.parametrize(("sampler", "folder"), [("TPE", "rnn-study"), ("random", "rnn-study-random")])
+def test_the_table_of_samplers_is_that_of_the_results(sampler, folder):
+    study = results_of(folder)["study"]
+    row = [sampler, f"{study['best_value']:.4f}", *(f"{study[k]:.0f}" for k in ("pruned", "epochs", "epochs_saved"))]
+    assert f"| {' | '.join(row)} |" in README
+
+
+def test_what_the_readme_says_of_the_extended_study():
+    study = results_of("rnn-study-extended")["study"]
+    words = (
+        f"({study['best_value']:.4f} at best; {study['pruned']} trials pruned, {study['epochs_saved']} of 600 epochs"
+    )
+    assert words in README
+    with open(ROOT / "results/rnn-study-extended/trials.csv") as file:
+        complete = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
+    best = sorted(complete, key=lambda row: float(row["value"]))[:10]
+    names = ("cell", "num_layers", "hidden_size", "bidirectional", "flip", "crop_padding")
+    assert {tuple(row[name] for name in names) for row in best} == {("gru", "2", "128", "True", "True", "0")}
 
 
 def test_the_table_per_class_is_that_of_the_results():
