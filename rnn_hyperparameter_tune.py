@@ -493,26 +493,33 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
     complete = sum(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
     drawn = len({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
     loss = "validation loss"
-    figures: dict[str, tuple[Any, float]] = {  # how it is plotted, and the figure's width in inches
-        "history": (partial(plots.plot_optimization_history, target_name=loss), 9),
-        "intermediate_values": (plots.plot_intermediate_values, 9),
+    figures: dict[str, tuple[Any, float, Any]] = {  # how it is plotted, its width in inches, and how it is dressed
+        "history": (
+            partial(plots.plot_optimization_history, target_name=loss),
+            9,
+            lambda axes, _: axes.set_xlabel("trial (Optuna counts from 0)"),
+        ),
+        "intermediate_values": (plots.plot_intermediate_values, 9, dress_intermediate_values),
     }
     if complete >= 4:
-        figures["importances"] = (partial(plots.plot_param_importances, target_name=loss), 9)
-        figures["parallel_coordinates"] = (partial(plots.plot_parallel_coordinate, target_name=loss), 6 + 0.8 * drawn)
-        figures["slices"] = (partial(plots.plot_slice, target_name=loss), 2.2 * drawn)
-    dress = {
-        "history": lambda axes, _: axes.set_xlabel("trial (Optuna counts from 0)"),
-        "intermediate_values": dress_intermediate_values,
-        "importances": lambda axes, _: axes.set_title("Hyperparameter importances (PED-ANOVA) among completed trials"),
-        "parallel_coordinates": dress_parallel_coordinates,
-        "slices": dress_slices,
-    }
-    for name, (plot, width) in figures.items():
+        figures |= {
+            "importances": (
+                partial(plots.plot_param_importances, target_name=loss),
+                9,
+                lambda axes, _: axes.set_title("Hyperparameter importances (PED-ANOVA) among completed trials"),
+            ),
+            "parallel_coordinates": (
+                partial(plots.plot_parallel_coordinate, target_name=loss),
+                6 + 0.8 * drawn,
+                dress_parallel_coordinates,
+            ),
+            "slices": (partial(plots.plot_slice, target_name=loss), 2.2 * drawn, dress_slices),
+        }
+    for name, (plot, width, dress) in figures.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna's matplotlib figures are "experimental"
             axes = np.atleast_1d(plot(study))[0]
-            dress[name](axes, study)
+            dress(axes, study)
             axes.figure.set_size_inches(width, 5)
             fn.save_figure(axes.figure, folder / f"{name}.png")
         plt.close(axes.figure)
