@@ -18,7 +18,6 @@ Measured (results/digits): with 7 labels per class, k-NN on h reaches 93.9 %, on
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -27,11 +26,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import functions as fn
+from contrastive.augmentation import (
+    color_jitter,
+    crop_schedule,
+    gaussian_blur,
+    random_grayscale,
+    random_resized_crop_and_flip,
+)
+from contrastive.evaluation import LinearClassifier, evaluate  # noqa: F401
+from contrastive.figures import plot_pretraining
+from contrastive.signals import knn_monitor
+from contrastive.small_maps import SmallMapConv2d
 from functions import Batches, ImageDataset, RunConfig, UserError, check, nt_xent_loss
 
 STAGES = ("pretrain", "knn", "probe", "tsne")
@@ -202,135 +211,7 @@ class Config(RunConfig):
 
 # ------------------------------------------------------------------------------------------------
 # Section 3, Appendix A: data augmentation, t ~ T
-#
-# Functions of a whole batch, float32 (B, 3, H, W) with values in [0, 1], on the batch's own device. Every image
-# draws its own parameters. An image whose coin says no gets the neutral parameter, so that nothing branches.
-# Each has the distribution of torchvision's transform of the same name.
 # ------------------------------------------------------------------------------------------------
-
-
-def uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
-    """(n,) independent draws from U(low, high)."""
-    return torch.empty(n, device=device).uniform_(low, high)
-
-
-def crop_boxes(n: int, height: int, width: int, min_scale: float, device: torch.device) -> tuple[Tensor, ...]:
-    """n random boxes (top, left, height, width), float32 (n,) whole pixels.
-
-    Area uniform in [min_scale, 1] of the image's, aspect ratio log-uniform in [3/4, 4/3]; the first of ten draws that
-    fits is taken, the whole image if none does (torchvision: its largest central part, the same for square images).
-    """
-    area = height * width * uniform(10 * n, min_scale, 1, device).view(n, 10)
-    ratio = uniform(10 * n, math.log(3 / 4), math.log(4 / 3), device).view(n, 10).exp()
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # (n, 10)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first, some = fits.int().argmax(1, keepdim=True), fits.any(1)
-    w = torch.where(some, w.gather(1, first).squeeze(1), width)
-    h = torch.where(some, h.gather(1, first).squeeze(1), height)
-    top = (uniform(n, 0, 1, device) * (height - h + 1)).floor()
-    left = (uniform(n, 0, 1, device) * (width - w + 1)).floor()
-    return top, left, h, w
-
-
-def resize_weights(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
-    """Bilinear, anti-aliased resizing of the pixels [start, start + length) of a line to size_out, as a matrix.
-
-    start, length: (B,) -> float32 (B, size_out, size_in); each row holds the weights of one output pixel.
-    """
-    step = (length / size_out).view(-1, 1, 1)  # input pixels per output pixel
-    first, last = start.view(-1, 1, 1), (start + length).view(-1, 1, 1)
-    pixel = torch.arange(size_in, device=start.device) + 0.5
-    centre = (torch.arange(size_out, device=start.device) + 0.5).view(1, -1, 1) * step + first
-    weights = (pixel - centre).abs_().div_(-step.clamp_min(1)).add_(1).clamp_min_(0)  # a triangle around the centre
-    weights.mul_((pixel > first) & (pixel < last))
-    return weights.div_(weights.sum(2, keepdim=True))
-
-
-def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: float) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size). Crop, resize and flip are two small matrices an image: rows @ x @ columns."""
-    top, left, h, w = crop_boxes(len(x), x.shape[2], x.shape[3], min_scale, x.device)
-    rows = resize_weights(top, h, x.shape[2], size)  # (B, size, H)
-    columns = resize_weights(left, w, x.shape[3], size)  # (B, size, W)
-    flipped = (uniform(len(x), 0, 1, x.device) < flip).view(-1, 1, 1)
-    columns = torch.where(flipped, columns.flip(1), columns).transpose(1, 2)
-    narrowed = x.flatten(1, 2) @ columns  # (B, 3 H, size)
-    return rows.unsqueeze(1) @ narrowed.unflatten(1, x.shape[1:3])  # (B, 3, size, size)
-
-
-def luminance(x: Tensor) -> Tensor:
-    """Grey level of RGB, ITU-R 601: (B, 3, H, W) -> (B, 1, H, W)."""
-    red, green, blue = x.unbind(1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(1)
-
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn every colour around the HSV colour wheel by `shift` (B,) turns, keeping value and chroma. (B, 3, H, W).
-
-    shift must be within -1/3 and 1/3. On the wheel red stands at 0, green at 2, blue at -2 and cyan at 3 = -3: a
-    channel is at its highest within 1 of its place and at its lowest from 2 on, and falls linearly in between.
-    """
-    red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    c = chroma.clamp_min(1e-12)
-    side, fall = (green - blue).div_(c), (value - red).div_(c)  # -1...1 towards blue or green, 0...1 from red
-    # Distance from red: |side| while fall is 0, then 1 + fall while |side| is 1, then 3 - |side| while fall is 1.
-    hue = torch.addcmul(side.abs(), fall, 3 - 2 * side.abs()).copysign_(side)
-    hue.add_(6 * shift.view(-1, 1, 1))  # now in [-5, 5]
-    # Around the wheel, a hue t away from a channel's place has the distance 3 - | |t| - 3 |.
-    places = torch.arange(-2, 3, 2, device=x.device).roll(-1).view(1, 3, 1, 1)  # 0, 2, -2
-    height = (hue.unsqueeze(1) - places).abs_().sub_(3).abs_().clamp_(1, 2)  # 1 lowest, 2 highest
-    return torch.addcmul((value - 2 * chroma).unsqueeze(1), chroma.unsqueeze(1), height)
-
-
-def color_jitter(x: Tensor, strength: float, p: float) -> Tensor:
-    """Appendix A: ColorJitter(0.8 s, 0.8 s, 0.8 s, 0.2 s) with probability p, its four parts in random order.
-
-    Brightness, contrast and saturation blend an image with black, its mean grey, and its own grey version. Hue turns
-    before the 1st, 2nd or 3rd blend of an image, or after the last: a random quarter of the batch each.
-    """
-    n, count, device = 4 * math.ceil(len(x) / 4), len(x), x.device  # filled up to four equal quarters
-    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    jittered = uniform(n, 0, 1, device) < p
-    factors = torch.where(jittered.view(-1, 1), uniform(3 * n, low, high, device).view(n, 3), 1.0)
-    shifts = torch.where(jittered, uniform(n, -0.2 * strength, 0.2 * strength, device), 0.0)
-    kinds = torch.rand(n, 3, device=device).argsort(1)  # of the 1st, 2nd, 3rd blend: 0 bright, 1 contrast, 2 saturation
-    factors = factors.gather(1, kinds)  # in each image's own order
-    contrast, saturation = (kinds == 1).float(), (kinds == 2).float()
-    shuffled = torch.randperm(n, device=device)
-
-    x = x.index_select(0, shuffled % count)
-    for turn, shift in enumerate(shifts.chunk(4)):
-        quarter = x.chunk(4)[turn]
-        quarter.copy_(shift_hue(quarter, shift))
-        if turn == 3:
-            break
-        factor, by_mean, by_grey = (a[:, turn].view(-1, 1, 1, 1) for a in (factors, contrast, saturation))
-        grey = luminance(x)
-        other = torch.addcmul(grey.mean((2, 3), keepdim=True) * by_mean, grey, by_grey)
-        x = torch.lerp(other, x, factor).clamp_(0, 1)
-    return x.index_select(0, shuffled.argsort()[:count])
-
-
-def random_grayscale(x: Tensor, p: float) -> Tensor:
-    """Replace an image by its grey version with probability p. (B, 3, H, W)."""
-    dropped = (uniform(len(x), 0, 1, x.device) < p).float().view(-1, 1, 1, 1)
-    return torch.lerp(x, luminance(x), dropped)
-
-
-def gaussian_blur(x: Tensor, p: float) -> Tensor:
-    """Appendix A: blur with probability p, sigma ~ U(0.1, 2), kernel a tenth of the side (odd, >= 3). (B, 3, H, W)."""
-    radius = max(1, int(0.1 * x.shape[2]) // 2)
-    sigma = uniform(len(x), 0.1, 2.0, x.device)
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (offsets / sigma.view(-1, 1)) ** 2, dim=1)  # (B, K), sums to 1
-    blurred = uniform(len(x), 0, 1, x.device) < p
-    kernel = torch.where(blurred.view(-1, 1), kernel, (offsets == 0).float())
-    padded = nn.functional.pad(x, [radius] * 4, mode="reflect")
-    for axis in (2, 3):  # a Gaussian is separable: down the columns, then along the rows
-        taps = [kernel[:, i].view(-1, 1, 1, 1) * padded.narrow(axis, i, x.shape[axis]) for i in range(2 * radius + 1)]
-        padded = torch.stack(taps).sum(0)
-    return padded
 
 
 def two_views(images: Tensor, config: Config, size: int | None = None) -> Tensor:
@@ -346,88 +227,9 @@ def two_views(images: Tensor, config: Config, size: int | None = None) -> Tensor
         return gaussian_blur(x, config.blur) if config.blur else x
 
 
-def crop_schedule(crop_size: int | str | None) -> list[tuple[int | None, float]]:
-    """--crop_size as [(side in pixels, share of training until which it holds)]; None: the images' own side.
-
-    An encoder that ends in a mean over the map takes images of any size, and smaller crops cost less. Raises UserError.
-    """
-    if crop_size is None:
-        return [(None, 1.0)]
-    text = str(crop_size)
-    hint = f"--crop_size {text}: give a side from 4 to 224, or sides and shares that grow to 1, as 16:0.7,32:1"
-    try:
-        pairs = [part.split(":") for part in (text if ":" in text else f"{text}:1").split(",")]
-        schedule: list[tuple[int | None, float]] = [(int(side), float(share)) for side, share in pairs]
-    except ValueError:
-        raise UserError(hint) from None
-    shares = [0.0, *(share for _, share in schedule)]
-    growing = all(a < b for a, b in itertools.pairwise(shares)) and shares[-1] == 1
-    # YAML reads 16:1 as a number of base 60, which is why no side may be that large.
-    check(growing and all(4 <= int(side or 0) <= 224 for side, _ in schedule), hint)
-    return schedule
-
-
 # ------------------------------------------------------------------------------------------------
 # Section 2.1: encoder f(.) and projection head g(.)
 # ------------------------------------------------------------------------------------------------
-
-
-class SmallMapConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that, on the CPU, computes maps of up to 4x4 output pixels as matrix products.
-
-    The same parameters and, to rounding, the same result, at up to several times the speed (benchmarks/convolution.py).
-    It also avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, not even finite at times (2.14).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        (height, width), stride = x.shape[2:], self.stride[0]
-        if x.device.type != "cpu" or max(height, width) > 4 * stride:
-            return super().forward(x)
-        if max(height, width) <= 2:
-            return self.dense(x)
-        weight = self.weight
-        if torch.is_autocast_enabled("cpu"):
-            x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
-        return PatchConvolution.apply(x, weight, stride)
-
-    def dense(self, x: Tensor) -> Tensor:
-        """On at most 2x2 pixels every output sees every input pixel: the convolution is one matrix of its taps."""
-        (b, _, height, width), stride = x.shape, self.stride[0]
-        taps = self.weight.flatten(2).unbind(2)  # nine of (out, in); output pixel (y, x) sees input pixel (i, j)
-        outputs = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
-        inputs = [(i, j) for i in range(height) for j in range(width)]  # through tap (i - y + 1, j - x + 1)
-        matrix = torch.cat([torch.cat([taps[3 * (i - y + 1) + j - x + 1] for i, j in inputs], 1) for y, x in outputs])
-        result = nn.functional.linear(x.permute(0, 2, 3, 1).reshape(b, -1), matrix)  # (B, output pixels * out)
-        return result.view(b, -(-height // stride), -(-width // stride), self.out_channels).permute(0, 3, 1, 2)
-
-
-class PatchConvolution(torch.autograd.Function):
-    """3x3 convolution, padding 1, by gathering every 3x3 patch: x (B, C, H, W), weight (O, C, 3, 3), stride."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        b, c, height, width = x.shape
-        ctx.stride, ctx.input_shape = stride, (b, height, width, c)
-        padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        taps = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
-        patches = torch.cat(taps, dim=3)  # (B, H / stride, W / stride, 9 C), sides rounded up
-        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, 9 C)
-        ctx.save_for_backward(patches, matrix)
-        return (patches @ matrix.T).permute(0, 3, 1, 2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        patches, matrix = ctx.saved_tensors
-        (b, height, width, c), stride = ctx.input_shape, ctx.stride
-        grad = grad_output.permute(0, 2, 3, 1)  # (B, H / stride, W / stride, O)
-        grad_matrix = grad.flatten(0, 2).T @ patches.flatten(0, 2)  # (O, 9 C)
-        padded = grad.new_zeros(b, height + 2, width + 2, c, dtype=torch.promote_types(grad.dtype, torch.float32))
-        for tap, grad_tap in enumerate((grad @ matrix).split(c, dim=3)):  # each patch gives to the pixels it came from
-            i, j = divmod(tap, 3)
-            padded[:, i : i + height : stride, j : j + width : stride] += grad_tap
-        grad_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2).to(grad.dtype)
-        return grad_x, grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2), None
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -634,17 +436,6 @@ def warmup_epochs(config: Config) -> float:
     return min(config.warmup_epochs, config.epochs / 10)
 
 
-def knn_monitor(data: ImageDataset, seed: int) -> tuple[Any, ...] | None:
-    """Up to 5,000 bank and 1,000 query images with labels, stratified, from the training set; None without labels."""
-    images, labels = data.train_images, data.train_labels
-    if labels is None or len(data.classes) < 2 or len(labels) < 2 * len(data.classes):
-        return None
-    queries = fn.stratified_subset(labels, min(0.1, 1000 / len(labels)), seed)
-    rest = fn.complement(queries, len(labels))
-    bank = rest[fn.stratified_subset(labels[rest], min(1.0, 5000 / len(rest)), seed)]
-    return images[bank], labels[bank], images[queries], labels[queries], len(data.classes)
-
-
 def describe_batch(config: Config) -> str:
     """N, and how it comes about, for people."""
     words = str(config.effective_batch_size)
@@ -719,160 +510,6 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Section 4 and Appendix B: what did it learn? k-NN and linear probe on the frozen representation h
-# ------------------------------------------------------------------------------------------------
-
-
-class LinearClassifier(nn.Module):
-    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder: no gradient, BatchNorm in eval mode.
-
-    `classifier` is what the probe trains.
-    """
-
-    def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.classifier = nn.Linear(feature_dim, num_classes)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> LinearClassifier:
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = self.encoder(x)
-        return self.classifier(h)
-
-
-class Probe(fn.Classification):
-    """A linear classifier on features (B, D), trained by SGD with momentum and a cosine schedule."""
-
-    def __init__(self, model: nn.Linear, train: Batches, test: Batches, learning_rate: float, epochs: int) -> None:
-        super().__init__(model, train, test, held_out="test")
-        self.learning_rate, self.epochs = learning_rate, epochs
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(self.train_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-@dataclass
-class Features:
-    """What one encoder makes of the labelled images: h float32 (N, D) and labels int64 (N,) of both splits."""
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
-
-
-def train_probe(classifier: nn.Linear, features: Features, config: Config) -> list[dict[str, float]]:
-    """Train `classifier` in place on features.train; returns the rows of its training curves (none for lbfgs).
-
-    The features are standardised for training and the scaling is then folded into the classifier's weights: still a
-    linear classifier of h, reached without tuning a learning rate to each encoder. The test curve chooses nothing.
-    """
-    std, mean = torch.std_mean(features.train, dim=0)
-    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
-    train, test = (features.train - mean) / std, (features.test - mean) / std
-    rows: list[dict[str, float]] = []
-    if config.probe == "lbfgs":
-        from sklearn.linear_model import LogisticRegression
-
-        optimum = LogisticRegression(max_iter=1000).fit(train.numpy(), features.train_labels.numpy())
-        weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
-        if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    else:
-        torch.manual_seed(config.seed)
-        model = nn.Linear(train.shape[1], len(features.classes))
-        batch_size = min(config.probe_batch_size, len(train))
-        batches = Batches(train, features.train_labels, batch_size=batch_size, seed=config.seed)
-        held_out = Batches(test, features.test_labels, batch_size=5000)
-        log = fn.EpochLog(quiet=True, rate="--probe_learning_rate")
-        trainer = fn.make_trainer(config, config.probe_epochs, log=log)
-        fn.fit(trainer, Probe(model, batches, held_out, config.probe_learning_rate, config.probe_epochs))
-        weight, bias, rows = model.weight.detach().cpu(), model.bias.detach().cpu(), log.rows
-    with torch.no_grad():
-        classifier.weight.copy_(weight / std)
-        classifier.bias.copy_(bias - (weight / std) @ mean.to(weight.dtype))
-    return rows
-
-
-def measure(features: Features, config: Config, probe: nn.Linear | None = None) -> dict[str, Any]:
-    """k-NN and linear-probe accuracy on the test images of one set of features, as the stages ask."""
-    outcome: dict[str, Any] = {}
-    if "knn" in config.stages_list:
-        predicted = fn.knn_predict(
-            features.test,
-            features.train,
-            features.train_labels,
-            len(features.classes),
-            config.knn_k,
-            config.knn_temperature,
-        )
-        outcome["knn"] = {"accuracy": fn.accuracy(predicted, features.test_labels)}
-    if "probe" in config.stages_list:
-        classifier = probe or nn.Linear(features.train.shape[1], len(features.classes))
-        outcome["rows"] = train_probe(classifier, features, config)
-        with torch.no_grad():
-            predicted_train = classifier(features.train).argmax(1)
-            predicted = outcome["predicted"] = classifier(features.test).argmax(1)
-        outcome["probe"] = {
-            "train_accuracy": fn.accuracy(predicted_train, features.train_labels),
-            "test_accuracy": fn.accuracy(predicted, features.test_labels),
-            "per_class": fn.accuracy_per_class(predicted, features.test_labels, features.classes),
-        }
-    return outcome
-
-
-def evaluate(
-    encoder: nn.Module, untrained: nn.Module, data: ImageDataset, config: Config, folder: Path
-) -> dict[str, Any]:
-    """The stages after pretraining. Features are computed once per encoder and shared by every evaluation."""
-    train_images, train_labels, test_images, test_labels = data.labelled()
-    chosen = fn.stratified_subset(train_labels, config.label_fraction, config.seed)
-    train_images, train_labels = train_images[chosen], train_labels[chosen]
-    normalize = fn.Normalize(data.pretraining_images)
-
-    def features(f: nn.Module) -> Features:
-        model = nn.Sequential(normalize, f)
-        train, test = (fn.extract_features(model, images, config) for images in (train_images, test_images))
-        return Features(train, train_labels, test, test_labels, data.classes)
-
-    results: dict[str, Any] = {}
-    table: dict[str, dict[str, Any]] = {}
-    if config.baselines and {"knn", "probe"} & set(config.stages_list):
-        print("measuring raw pixels and the untrained encoder", flush=True)
-        table["raw pixels"] = measure(features(nn.Flatten()), config)
-        table["untrained encoder"] = measure(features(untrained), config)
-        results["baselines"] = {
-            name.replace(" ", "_"): {k: v for k, v in row.items() if k in ("knn", "probe")}
-            for name, row in table.items()
-        }
-    print(
-        f"measuring the pretrained encoder on {len(train_labels):,} labelled and {len(test_labels):,} test images",
-        flush=True,
-    )
-    h = features(encoder)
-    classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(data.classes))
-    ours = table["pretrained encoder"] = measure(h, config, classifier.classifier)
-    results |= {name: ours[name] for name in ("knn", "probe") if name in ours}
-    if "probe" in ours:
-        fn.save_torch(folder / "classifier.pt", classifier.state_dict())
-        show_probe(ours, h, config, folder)
-    if "tsne" in config.stages_list:
-        show_tsne(h, config, folder)
-    if {"knn", "probe"} & set(config.stages_list):
-        print_table(table)
-    return results
-
-
-# ------------------------------------------------------------------------------------------------
 # Figures and tables
 # ------------------------------------------------------------------------------------------------
 
@@ -893,70 +530,6 @@ def plot_views(data: ImageDataset, config: Config, file: Path, count: int = 10) 
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     fn.save_figure(figure, file)
-
-
-def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
-    """The loss, and the k-NN accuracy among training images if it was measured, over the epochs of pretraining."""
-    checked = [row for row in rows if "knn_accuracy" in row]
-    figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
-    loss_axis, *knn_axis = axes if checked else [axes]
-    marker = "o" if len(rows) <= 10 else ""
-    loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
-    loss_axis.set(title="Pretraining, without labels")
-    fn.over_epochs(loss_axis, "NT-Xent loss")
-    for axis in knn_axis:
-        axis.plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
-        axis.set(title="Its k-NN check, on training images")
-        fn.over_epochs(axis, "k-NN accuracy", percent=True)
-    fn.save_figure(figure, file)
-
-
-def show_probe(outcome: dict[str, Any], features: Features, config: Config, folder: Path) -> None:
-    """Print the probe's accuracy per class; draw its curves and confusion matrix."""
-    probe = outcome["probe"]
-    print(f"linear probe: train {100 * probe['train_accuracy']:.1f} %, test {100 * probe['test_accuracy']:.1f} %")
-    fn.print_per_class(probe["per_class"])
-    if outcome["rows"]:
-        fn.plot_curves(
-            {"probe": outcome["rows"]}, "test", folder / "probe.png", "Linear probe on the frozen representation"
-        )
-    fn.plot_confusion_matrix(
-        outcome["predicted"], features.test_labels, features.classes, folder / "confusion_matrix.png", "Linear probe"
-    )
-
-
-def tsne_points(h: Tensor, seed: int) -> np.ndarray:
-    """t-SNE (van der Maaten & Hinton 2008) of unit vectors, after PCA to 50 dimensions: (N, D), N >= 4 -> (N, 2)."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    points = nn.functional.normalize(h, dim=1).numpy()
-    points = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
-    return TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=seed, n_jobs=-1).fit_transform(points)
-
-
-def show_tsne(features: Features, config: Config, folder: Path) -> None:
-    """Draw the t-SNE of the test images' h."""
-    if len(features.test) < 4:
-        print("no t-SNE: it needs four test images or more")
-        return
-    print(f"t-SNE of {len(features.test):,} test images", flush=True)
-    points = tsne_points(features.test, config.seed)
-    fn.plot_tsne(
-        points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations"
-    )
-
-
-def print_table(table: dict[str, dict[str, Any]]) -> None:
-    """The outcome at a glance: accuracy on the test images, a row per representation."""
-    columns = [name for name in ("knn", "probe") if name in table["pretrained encoder"]]
-    print(
-        "\ntest accuracy" + " " * 10 + "".join(f"{ {'knn': 'k-NN', 'probe': 'linear'}[name]:>10}" for name in columns)
-    )
-    for name, row in table.items():
-        values = [row[c]["accuracy"] if c == "knn" else row[c]["test_accuracy"] for c in columns]
-        print(f"  {name:21}" + "".join(f"{100 * value:8.1f} %" for value in values))
-    print()
 
 
 # ------------------------------------------------------------------------------------------------

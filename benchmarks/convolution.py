@@ -3,7 +3,7 @@
     python -m benchmarks.convolution
 
 Forward and backward of ResNet-18's layers, for the map sizes that occur with small images. This is what decides which
-maps simCLR.SmallMapConv2d takes over, and how.
+maps small_maps.SmallMapConv2d takes over, and how.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-import simCLR
 from benchmarks import common
+from contrastive import small_maps
 
 SHAPES = [  # channels in, channels out, side of the map, stride
     (512, 512, 1, 1),
@@ -35,12 +35,12 @@ def milliseconds(shape: tuple[int, int, int, int], dtype: torch.dtype, way: str)
     common.prepare()
     channels_in, channels_out, side, stride = shape
     x = torch.randn(BATCH, channels_in, side, side).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    layer = simCLR.SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False).to(dtype)
+    layer = small_maps.SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False).to(dtype)
     layer.to(memory_format=torch.channels_last)
     forward = {
         "PyTorch": lambda: torch.nn.functional.conv2d(x, layer.weight, stride=stride, padding=1),
         "dense matrix": lambda: layer.dense(x),
-        "patches": lambda: simCLR.PatchConvolution.apply(x, layer.weight, stride),
+        "patches": lambda: small_maps.PatchConvolution.apply(x, layer.weight, stride),
         common.OURS: lambda: layer(x),
     }[way]
     gradient = torch.randn_like(forward())

@@ -14,6 +14,7 @@ import torch
 import functions as fn
 import simCLR
 from benchmarks import common, usual
+from contrastive import evaluation, figures
 
 
 def loss(n: int, masked: bool = False) -> float:
@@ -43,13 +44,13 @@ def pretraining(n: int, steps: int = 200) -> float:
     return time.perf_counter() - start
 
 
-def features(n: int) -> simCLR.Features:
+def features(n: int) -> evaluation.Features:
     """n points of 512 dimensions around ten centres, and as many queries."""
     torch.manual_seed(0)
     labels = torch.arange(n) % 10
     centres = torch.randn(10, 512)
     bank, queries = (centres[labels] + torch.randn(n, 512) for _ in range(2))
-    return simCLR.Features(bank, labels, queries, labels, tuple("0123456789"))
+    return evaluation.Features(bank, labels, queries, labels, tuple("0123456789"))
 
 
 def knn(n: int) -> float:
@@ -65,7 +66,7 @@ def tsne(n: int) -> float:
     """Seconds of t-SNE of n points of 512 dimensions, PCA included."""
     data = features(n)
     start = time.perf_counter()
-    simCLR.tsne_points(data.test, seed=0)
+    figures.tsne_points(data.test, seed=0)
     return time.perf_counter() - start
 
 

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 
 import functions as fn
+from machinery import command_line
 
 torch.set_num_threads(1)  # the tests share the cores among themselves, and other threads would round differently
 
-fn.make_parser = functools.cache(fn.make_parser)  # a tenth of a second each, and the tests ask for hundreds
+command_line.make_parser = functools.cache(
+    command_line.make_parser
+)  # a tenth of a second each, and the tests ask for hundreds
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from processes import ROOT
 from test_resume import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import functions as fn
 import rnn
 import simCLR
+from contrastive import evaluation
+from machinery import command_line, devices
 
 # Views that are the images themselves: what devices and micro-batches draw differs, what they compute must not.
 PLAIN = ["--crop_scale", 1, "--flip", 0, "--jitter", 0, "--grayscale", 0]
@@ -128,7 +131,7 @@ def test_one_device_is_a_run_of_its_own_however_it_was_started(script, run_here,
     """As the second task of an srun, say: it trains, prints and writes all that it would alone."""
     for name, value in {"SLURM_NTASKS": 2, "SLURM_PROCID": 1, "SLURM_JOB_NAME": "x", "RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(fn.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(command_line.rank_zero_only, "rank", 1)
     flags = ["--stages", "pretrain", "--stem", "imagenet"] if script == "simCLR.py" else []
     done = run_here(script, "--dataset", "digits", "--epochs", 1, "--output_dir", "out", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -194,7 +197,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(victim, undisturbed, 
 # ------------------------------------------------------------------------------------------------
 
 
-class Gradient(fn.Callback):
+class Gradient(Callback):
     """Keeps the gradient before the optimizer's step; with `eval_norm`, BatchNorm uses its running statistics."""
 
     def __init__(self, eval_norm=False):
@@ -312,7 +315,8 @@ def test_memory_follows_the_micro_batch():
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """fake_cuda(module) puts its parameters and buffers on a fake GPU; so do torch's functions in this test."""
-    monkeypatch.setattr(fn, "resolve_device", lambda accelerator: "cuda")
+    for module in (fn, devices):
+        monkeypatch.setattr(module, "resolve_device", lambda accelerator: "cuda")
     monkeypatch.setattr(simCLR.Pretraining, "global_step", 0)
     monkeypatch.setattr(simCLR.Pretraining, "all_gather", lambda self, z, sync_grads: z)
     mode = FakeTensorMode()
@@ -358,7 +362,7 @@ def test_evaluation_stays_on_the_gpu(fake_cuda):
         labels = torch.zeros(20, dtype=torch.long, device="cuda")
         predicted = fn.knn_predict(h[:5], h[5:], labels[5:], 10, k=3)
         batches = fn.Batches(h, labels, batch_size=4, seed=0)
-        outcome = simCLR.Probe(classifier, batches, batches, 0.1, 1).training_step(next(iter(batches)), 0)
+        outcome = evaluation.Probe(classifier, batches, batches, 0.1, 1).training_step(next(iter(batches)), 0)
     assert (predicted.device.type, predicted.shape) == ("cuda", (5,))
     assert {value.device.type for value in outcome.values()} == {"cuda"}
 

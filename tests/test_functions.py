@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functions as fn
 from functions import UserError
+from machinery import files, run_folder
 
 HERE = Path(__file__).parent
 
@@ -306,7 +307,7 @@ def test_new_run_folder_is_named_after_script_and_set_and_has_the_configuration(
 
 
 def test_two_runs_in_the_same_second_get_different_folders(monkeypatch):
-    monkeypatch.setattr(fn.time, "strftime", lambda form: "20300101-000000")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20300101-000000")
     folders = []
     for _ in range(3):
         with fn.run_folder(Config()) as folder:
@@ -370,7 +371,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(failing, monkey
         raise OSError(28, "No space left on device")
 
     Path("file").write_bytes(b"old")
-    monkeypatch.setattr(fn.os, failing, fail)
+    monkeypatch.setattr(files.os, failing, fail)
     with pytest.raises(fn.UserError, match="No space"):
         fn.write_atomically(Path("file"), b"new")
     assert Path("file").read_bytes() == b"old"

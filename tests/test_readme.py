@@ -14,6 +14,7 @@ import functions as fn
 import rnn
 import rnn_hyperparameter_tune
 import simCLR
+from machinery import command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def test_command_is_accepted(command, tmp_path, monkeypatch):
         return
     if "--resume" in flags:
         (tmp_path / "runs/newest").mkdir(parents=True)
-        monkeypatch.setattr(fn, "newest_run", lambda _: tmp_path / "runs/newest")
+        monkeypatch.setattr(command_line, "newest_run", lambda _: tmp_path / "runs/newest")
         fn.save_config(tmp_path / "runs/newest/config.yaml", SCRIPTS[script].Config())
         at = flags.index("--resume")
         if at + 1 < len(flags):

@@ -20,6 +20,7 @@ from conftest import Code
 from processes import ROOT, finish, output, start
 
 import functions as fn
+from machinery import files, training
 
 SHORT = {
     "simCLR.py": [
@@ -236,8 +237,8 @@ def test_max_time_leaves_room_for_the_next_epoch(tmp_path, monkeypatch):
     for seconds, stops in ((8.0, False), (12.0, True)):
         log = fn.EpochLog()
         log.rows = [{"epoch": 1, "seconds": seconds}]
-        limit = fn.TimeLimit("00:00:01:00", log)
-        monkeypatch.setattr(fn.time, "monotonic", lambda: fn.STARTED + 50)
+        limit = training.TimeLimit("00:00:01:00", log)
+        monkeypatch.setattr(training.time, "monotonic", lambda: training.STARTED + 50)
         trainer = SimpleNamespace(should_stop=False, strategy=SimpleNamespace(broadcast=lambda value: value))
         limit.on_train_epoch_end(trainer, None)
         assert trainer.should_stop == stops
@@ -363,7 +364,7 @@ def test_falling_back_never_costs_the_sound_checkpoint(short_rnn, run_here, monk
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fn.os, "replace", killed)
+        patch.setattr(files.os, "replace", killed)
         assert run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent).returncode == 130
     assert fn.newest_sound(short_rnn / "checkpoints/last.ckpt") is not None
 

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 import functions as fn
 import simCLR
+from contrastive import augmentation, evaluation, signals, small_maps
 
 CPU = torch.device("cpu")
 ADJUSTMENTS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -89,7 +90,7 @@ def is_near(x: Tensor, image: Tensor, tolerance: float = 1e-5) -> Tensor:
 
 
 def whole_image(n: int, height: int, width: int, min_scale: float, device: torch.device) -> tuple[Tensor, ...]:
-    """Stands in for simCLR.crop_boxes where a test is about what follows the crop."""
+    """Stands in for augmentation.crop_boxes where a test is about what follows the crop."""
     return torch.zeros(n), torch.zeros(n), torch.full((n,), float(height)), torch.full((n,), float(width))
 
 
@@ -113,7 +114,7 @@ def box_quantities(top: Tensor, left: Tensor, h: Tensor, w: Tensor, height: int,
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(32, 32, 0.08), (96, 96, 0.08), (48, 32, 0.08), (32, 32, 0.5)])
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
-    ours = simCLR.crop_boxes(5000, height, width, scale, CPU)
+    ours = augmentation.crop_boxes(5000, height, width, scale, CPU)
     image = torch.empty(3, height, width)
     draws = [transforms.RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(5000)]
     theirs = torch.tensor(draws, dtype=torch.float32).unbind(1)
@@ -122,7 +123,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 8), (48, 32)])
 def test_crop_boxes_are_whole_pixels_within_the_image(height, width):
-    top, left, h, w = simCLR.crop_boxes(20_000, height, width, 0.01, CPU)
+    top, left, h, w = augmentation.crop_boxes(20_000, height, width, 0.01, CPU)
     assert all(torch.equal(value, value.round()) for value in (top, left, h, w))
     assert min(top.min(), left.min()) == 0
     assert min(h.min(), w.min()) >= 1
@@ -138,9 +139,9 @@ def test_crop_and_resize_equal_torchvisions(monkeypatch, height, width, size):
     n = 60
     h, w = torch.randint(1, height + 1, (n,)), torch.randint(1, width + 1, (n,))
     top, left = ((torch.rand(n) * (space + 1)).long() for space in (height - h, width - w))
-    monkeypatch.setattr(simCLR, "crop_boxes", lambda *_: (top.float(), left.float(), h.float(), w.float()))
+    monkeypatch.setattr(augmentation, "crop_boxes", lambda *_: (top.float(), left.float(), h.float(), w.float()))
     x = torch.rand(n, 3, height, width)
-    ours = simCLR.random_resized_crop_and_flip(x, size, 0.08, flip=0.0)
+    ours = augmentation.random_resized_crop_and_flip(x, size, 0.08, flip=0.0)
     boxes = torch.stack([top, left, h, w], dim=1).tolist()
     theirs = torch.stack([resized_crop(x[i], *boxes[i], [size, size], antialias=True) for i in range(n)])
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
@@ -148,7 +149,7 @@ def test_crop_and_resize_equal_torchvisions(monkeypatch, height, width, size):
 
 def test_each_output_pixel_is_a_weighted_mean_of_pixels_in_the_box():
     start, length = torch.tensor([0.0, 5.0, 31.0]), torch.tensor([32.0, 7.0, 1.0])
-    weights = simCLR.resize_weights(start, length, 32, 20)
+    weights = augmentation.resize_weights(start, length, 32, 20)
     pixel = torch.arange(32)
     outside = (pixel < start.view(-1, 1)) | (pixel >= (start + length).view(-1, 1))
     torch.testing.assert_close(weights.sum(2), torch.ones(3, 20))
@@ -161,15 +162,15 @@ def test_flip_is_torchvisions_hflip():
     views = []
     for flip in (0.0, 1.0):  # the same seed: the same boxes
         torch.manual_seed(3)
-        views.append(simCLR.random_resized_crop_and_flip(x, 12, 0.08, flip))
+        views.append(augmentation.random_resized_crop_and_flip(x, 12, 0.08, flip))
     torch.testing.assert_close(views[1], tv.hflip(views[0]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.2])
 def test_flip_rate(monkeypatch, p):
-    monkeypatch.setattr(simCLR, "crop_boxes", whole_image)
+    monkeypatch.setattr(augmentation, "crop_boxes", whole_image)
     image = colourful(8)
-    x = simCLR.random_resized_crop_and_flip(copies(image, 5000), 8, 0.08, p)
+    x = augmentation.random_resized_crop_and_flip(copies(image, 5000), 8, 0.08, p)
     flipped, kept = is_near(x, tv.hflip(image)), is_near(x, image)
     assert (flipped ^ kept).all()
     assert_rate(int(flipped.sum()), 5000, p)
@@ -182,7 +183,7 @@ def test_flip_rate(monkeypatch, p):
 
 def test_luminance_is_torchvisions():
     x = torch.rand(4, 3, 9, 9)
-    torch.testing.assert_close(simCLR.luminance(x), tv.rgb_to_grayscale(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(augmentation.luminance(x), tv.rgb_to_grayscale(x), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [-1 / 3, -0.2, -0.013, 0.0, 0.1, 0.2, 1 / 3])
@@ -190,14 +191,14 @@ def test_shift_hue_is_torchvisions_adjust_hue(shift):
     """For any colour: also for black, white, greys, the pure colours, and those with two equal channels."""
     corners = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))  # 27 colours
     x = torch.cat([torch.rand(997, 3), corners]).T.reshape(1, 3, 32, 32)
-    ours = simCLR.shift_hue(x, torch.tensor([shift]))
+    ours = augmentation.shift_hue(x, torch.tensor([shift]))
     torch.testing.assert_close(ours, tv.adjust_hue(x, shift), atol=1e-5, rtol=0)
 
 
 def test_shift_hue_turns_each_image_by_its_own_shift():
     x, shift = torch.rand(20, 3, 5, 5), (torch.rand(20) - 0.5) * 2 / 3
     theirs = torch.stack([tv.adjust_hue(image, s) for image, s in zip(x, shift.tolist(), strict=True)])
-    torch.testing.assert_close(simCLR.shift_hue(x, shift), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmentation.shift_hue(x, shift), theirs, atol=1e-5, rtol=0)
 
 
 def in_all_orders(image: Tensor, parameters: list[float]) -> Tensor:
@@ -213,11 +214,11 @@ def in_all_orders(image: Tensor, parameters: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_jitter_is_torchvisions_four_adjustments_in_some_order(monkeypatch, strength):
-    draws, uniform, places = [], simCLR.uniform, torch.randperm(40)
-    monkeypatch.setattr(simCLR, "uniform", lambda *args: draws.append(uniform(*args)) or draws[-1])
+    draws, uniform, places = [], augmentation.uniform, torch.randperm(40)
+    monkeypatch.setattr(augmentation, "uniform", lambda *args: draws.append(uniform(*args)) or draws[-1])
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: places)  # image places[j] gets the j-th draws
     x = torch.rand(40, 3, 6, 6)
-    y = simCLR.color_jitter(x.clone(), strength, p=1.0)
+    y = augmentation.color_jitter(x.clone(), strength, p=1.0)
     _, factors, shifts = draws  # the coin, three factors an image, one turn of hue
     for j, i in enumerate(places.tolist()):
         image, result = x[i], y[i]
@@ -237,8 +238,8 @@ def test_the_order_of_the_four_adjustments_is_uniform(monkeypatch, batch):
     image = colourful(8)
     references = in_all_orders(image, [1.2, 1.35, 1.4, 0.08])
     assert (torch.cdist(references.flatten(1), references.flatten(1)) + torch.eye(24)).min() > 1e-2
-    monkeypatch.setattr(simCLR, "uniform", fixed)
-    y = torch.cat([simCLR.color_jitter(copies(image, batch), 0.5, p=1.0) for _ in range(2400 // batch)])
+    monkeypatch.setattr(augmentation, "uniform", fixed)
+    y = torch.cat([augmentation.color_jitter(copies(image, batch), 0.5, p=1.0) for _ in range(2400 // batch)])
     counts = torch.stack([is_near(y, reference) for reference in references]).sum(1)
     assert counts.sum() == 2400
     assert chisquare(counts.numpy()).pvalue > 1e-3, counts.tolist()
@@ -248,7 +249,7 @@ def test_the_order_of_the_four_adjustments_is_uniform(monkeypatch, batch):
 def test_color_jitter_is_distributed_as_torchvisions(strength):
     n, image, s = 3000, colourful(8), strength
     jitter = transforms.RandomApply([transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8)
-    ours, theirs = simCLR.color_jitter(copies(image, n), s, p=0.8), one_by_one(jitter, image, n)
+    ours, theirs = augmentation.color_jitter(copies(image, n), s, p=0.8), one_by_one(jitter, image, n)
     assert_same_distribution(statistics(ours), statistics(theirs))
     assert_rate(int(is_near(ours, image).sum()), n, 0.2)
 
@@ -256,7 +257,7 @@ def test_color_jitter_is_distributed_as_torchvisions(strength):
 @pytest.mark.parametrize("part", ["brightness", "contrast", "saturation", "hue"])
 def test_each_part_of_the_jitter_is_distributed_as_torchvisions(monkeypatch, part):
     """The other three parts are held at their neutral parameters."""
-    uniform, column = simCLR.uniform, ("brightness", "contrast", "saturation", "hue").index(part)
+    uniform, column = augmentation.uniform, ("brightness", "contrast", "saturation", "hue").index(part)
 
     def isolated(n: int, low: float, high: float, device: torch.device) -> Tensor:
         drawn = uniform(n, low, high, device)
@@ -264,16 +265,16 @@ def test_each_part_of_the_jitter_is_distributed_as_torchvisions(monkeypatch, par
             return drawn * (part == "hue")
         return torch.where(torch.arange(n) % 3 == column, drawn, 1.0) if high > 1 else drawn
 
-    monkeypatch.setattr(simCLR, "uniform", isolated)
+    monkeypatch.setattr(augmentation, "uniform", isolated)
     n, image = 3000, colourful(8)
-    ours = simCLR.color_jitter(copies(image, n), 1.0, p=1.0)
+    ours = augmentation.color_jitter(copies(image, n), 1.0, p=1.0)
     theirs = one_by_one(transforms.ColorJitter(**{part: 0.2 if part == "hue" else 0.8}), image, n)
     assert_same_distribution(statistics(ours), statistics(theirs))
 
 
 def test_random_grayscale_rate_and_values():
     x = torch.rand(4000, 3, 4, 4)
-    y = simCLR.random_grayscale(x, 0.2)
+    y = augmentation.random_grayscale(x, 0.2)
     dropped, kept = is_near(y, tv.rgb_to_grayscale(x, 3), 1e-6), is_near(y, x, 1e-7)
     assert (dropped ^ kept).all()
     assert_rate(int(dropped.sum()), 4000, 0.2)
@@ -287,7 +288,7 @@ def test_random_grayscale_rate_and_values():
 @pytest.mark.parametrize(("side", "kernel", "n"), [(32, 3, 3000), (96, 9, 500)])
 def test_gaussian_blur_is_distributed_as_torchvisions(side, kernel, n):
     image = colourful(side)
-    ours = torch.cat([simCLR.gaussian_blur(copies(image, 100), p=1.0) for _ in range(n // 100)])
+    ours = torch.cat([augmentation.gaussian_blur(copies(image, 100), p=1.0) for _ in range(n // 100)])
     theirs = one_by_one(transforms.GaussianBlur(kernel, (0.1, 2.0)), image, n)
     names = ("contrast", "saturation", "sharpness")  # blur does not move an image's mean colours
     assert_same_distribution(*({name: statistics(x)[name] for name in names} for x in (ours, theirs)))
@@ -297,16 +298,18 @@ def test_gaussian_blur_is_distributed_as_torchvisions(side, kernel, n):
 @pytest.mark.parametrize(("side", "kernel"), [(8, 3), (32, 3), (50, 5), (96, 9)])
 def test_gaussian_blur_is_torchvisions(monkeypatch, side, kernel, sigma):
     """The kernel is a tenth of the image's side, as in the paper's Appendix A, and never below 3."""
-    monkeypatch.setattr(simCLR, "uniform", lambda n, low, high, device: torch.full((n,), 0.0 if low == 0 else sigma))
+    monkeypatch.setattr(
+        augmentation, "uniform", lambda n, low, high, device: torch.full((n,), 0.0 if low == 0 else sigma)
+    )
     x = torch.rand(2, 3, side, side)
     torch.testing.assert_close(
-        simCLR.gaussian_blur(x, p=0.5), tv.gaussian_blur(x, [kernel] * 2, [sigma] * 2), atol=1e-6, rtol=0
+        augmentation.gaussian_blur(x, p=0.5), tv.gaussian_blur(x, [kernel] * 2, [sigma] * 2), atol=1e-6, rtol=0
     )
 
 
 def test_gaussian_blur_rate():
     image = colourful(32)
-    y = torch.cat([simCLR.gaussian_blur(copies(image, 500), p=0.5) for _ in range(6)])
+    y = torch.cat([augmentation.gaussian_blur(copies(image, 500), p=0.5) for _ in range(6)])
     unchanged_by_small_sigma = 0.5 * (0.2 - 0.1) / 1.9  # below sigma 0.2 a neighbour weighs less than 4e-6
     assert_rate(int(is_near(y, image).sum()), 3000, 0.5 + unchanged_by_small_sigma)
 
@@ -316,10 +319,10 @@ def test_gaussian_blur_rate():
 # ------------------------------------------------------------------------------------------------
 
 AUGMENTATIONS = {
-    "crop": lambda x, p: simCLR.random_resized_crop_and_flip(x, x.shape[2], 0.08 if p else 1.0, p),
-    "jitter": lambda x, p: simCLR.color_jitter(x, 0.5, p),
-    "grayscale": simCLR.random_grayscale,
-    "blur": simCLR.gaussian_blur,
+    "crop": lambda x, p: augmentation.random_resized_crop_and_flip(x, x.shape[2], 0.08 if p else 1.0, p),
+    "jitter": lambda x, p: augmentation.color_jitter(x, 0.5, p),
+    "grayscale": augmentation.random_grayscale,
+    "blur": augmentation.gaussian_blur,
 }
 
 
@@ -561,7 +564,7 @@ def numbers(images: Tensor) -> Tensor:
 
 def test_the_monitor_splits_the_training_images_by_class():
     data = numbered_dataset([100, 60, 40])
-    bank, bank_labels, queries, query_labels, num_classes = simCLR.knn_monitor(data, seed=0)
+    bank, bank_labels, queries, query_labels, num_classes = signals.knn_monitor(data, seed=0)
     assert sorted([*numbers(bank).tolist(), *numbers(queries).tolist()]) == list(range(200))  # disjoint, no test image
     assert torch.equal(bank_labels, data.train_labels[numbers(bank)])
     assert torch.equal(query_labels, data.train_labels[numbers(queries)])
@@ -570,7 +573,7 @@ def test_the_monitor_splits_the_training_images_by_class():
 
 
 def test_the_monitor_takes_at_most_5000_and_1000_of_a_large_set():
-    bank, bank_labels, queries, query_labels, _ = simCLR.knn_monitor(numbered_dataset([12_000, 8_000]), seed=0)
+    bank, bank_labels, queries, query_labels, _ = signals.knn_monitor(numbered_dataset([12_000, 8_000]), seed=0)
     assert bank_labels.bincount().tolist() == [3000, 2000]
     assert query_labels.bincount().tolist() == [600, 400]
     assert not set(numbers(bank).tolist()) & set(numbers(queries).tolist())
@@ -578,14 +581,14 @@ def test_the_monitor_takes_at_most_5000_and_1000_of_a_large_set():
 
 def test_the_monitor_follows_from_the_seed():
     data = numbered_dataset([100, 100])
-    queries = [numbers(simCLR.knn_monitor(data, seed)[2]) for seed in (0, 0, 1)]
+    queries = [numbers(signals.knn_monitor(data, seed)[2]) for seed in (0, 0, 1)]
     assert torch.equal(queries[0], queries[1])
     assert not torch.equal(queries[0], queries[2])
 
 
 def test_an_unlabelled_set_has_no_monitor():
     images = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
-    assert simCLR.knn_monitor(fn.ImageDataset("folder", images, None, None, None, ()), seed=0) is None
+    assert signals.knn_monitor(fn.ImageDataset("folder", images, None, None, None, ()), seed=0) is None
 
 
 def test_pretraining_learns_and_its_checkpoint_gives_the_encoder(tmp_path):
@@ -597,7 +600,7 @@ def test_pretraining_learns_and_its_checkpoint_gives_the_encoder(tmp_path):
     model = simCLR.SimCLRModel(encoder, feature_dim, 64, 32)
     log = fn.EpochLog(quiet=True)
     trainer = fn.make_trainer(config, config.epochs, log=log, check_val_every_n_epoch=config.knn_every)
-    module = simCLR.Pretraining(model, data.train_images[:64], simCLR.knn_monitor(data, seed=0), config)
+    module = simCLR.Pretraining(model, data.train_images[:64], signals.knn_monitor(data, seed=0), config)
     fn.fit(trainer, module)
     losses = [row["train_loss"] for row in log.rows]
     assert len(losses) == 12
@@ -712,22 +715,24 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(encoder, tmp_path, 
 # ------------------------------------------------------------------------------------------------
 
 
-def blobs(num_classes: int = 3, spread: float = 0.1, per_class: int = 40, dim: int = 6) -> simCLR.Features:
+def blobs(num_classes: int = 3, spread: float = 0.1, per_class: int = 40, dim: int = 6) -> evaluation.Features:
     """Gaussian clouds around orthogonal unit vectors; with a small spread, linearly separable."""
     labels = torch.arange(num_classes).repeat(per_class)
     centres = torch.eye(dim)[labels]
     train, test = (centres + spread * torch.randn(len(labels), dim) for _ in range(2))
-    return simCLR.Features(train, labels, test, labels, tuple(f"class {i}" for i in range(num_classes)))
+    return evaluation.Features(train, labels, test, labels, tuple(f"class {i}" for i in range(num_classes)))
 
 
-def probed(features: simCLR.Features, probe: str, **values) -> nn.Linear:
+def probed(features: evaluation.Features, probe: str, **values) -> nn.Linear:
     classifier = nn.Linear(features.train.shape[1], len(features.classes))
-    simCLR.train_probe(classifier, features, make_config(probe=probe, probe_epochs=20, probe_batch_size=32, **values))
+    evaluation.train_probe(
+        classifier, features, make_config(probe=probe, probe_epochs=20, probe_batch_size=32, **values)
+    )
     return classifier
 
 
 @torch.no_grad()
-def accuracy_of(classifier: nn.Module, features: simCLR.Features) -> float:
+def accuracy_of(classifier: nn.Module, features: evaluation.Features) -> float:
     return fn.accuracy(classifier(features.test).argmax(1), features.test_labels)
 
 
@@ -771,8 +776,8 @@ def test_the_probe_leaves_every_bit_of_the_encoder(encoder, probe):
     before, config = cloned_state(model.classifier), make_config(probe=probe, probe_epochs=2)
     pipeline = nn.Sequential(fn.Normalize(images), encoder)
     h = fn.extract_features(pipeline, images, config)
-    features = simCLR.Features(h, labels, h, labels, ("a", "b", "c"))
-    simCLR.train_probe(model.classifier, features, config)
+    features = evaluation.Features(h, labels, h, labels, ("a", "b", "c"))
+    evaluation.train_probe(model.classifier, features, config)
     assert_same_bits(encoder, state)
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert not torch.equal(model.classifier.weight, before["weight"])
@@ -824,7 +829,7 @@ def test_the_sgd_probe_records_an_epoch_per_row():
     """The last row tells of the classifier that comes back."""
     features, classifier = blobs(spread=0.8), nn.Linear(6, 3)
     features.train, features.test = features.train + 5, features.test + 5
-    rows = simCLR.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
+    rows = evaluation.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy"} <= set(rows[0])
     assert rows[-1]["test_accuracy"] == pytest.approx(accuracy_of(classifier, features))
@@ -833,7 +838,7 @@ def test_the_sgd_probe_records_an_epoch_per_row():
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
 def test_separable_features_measure_as_perfect(probe):
     config = make_config(stages="knn,probe", checkpoint="encoder.pt", probe=probe, knn_k=5)
-    outcome = simCLR.measure(blobs(), config)
+    outcome = evaluation.measure(blobs(), config)
     assert outcome["knn"] == {"accuracy": 1.0}
     assert outcome["probe"]["train_accuracy"] == outcome["probe"]["test_accuracy"] == 1.0
     assert outcome["probe"]["per_class"] == {"class 0": 1.0, "class 1": 1.0, "class 2": 1.0}
@@ -842,7 +847,7 @@ def test_separable_features_measure_as_perfect(probe):
 def test_random_features_measure_as_chance():
     features = blobs(num_classes=4, per_class=200)
     features.train, features.test = torch.randn_like(features.train), torch.randn_like(features.test)
-    outcome = simCLR.measure(features, make_config(stages="knn,probe", checkpoint="x", probe="lbfgs", knn_k=20))
+    outcome = evaluation.measure(features, make_config(stages="knn,probe", checkpoint="x", probe="lbfgs", knn_k=20))
     for value in (outcome["knn"]["accuracy"], outcome["probe"]["test_accuracy"]):
         assert_rate(round(800 * value), 800, 0.25)
 
@@ -850,7 +855,7 @@ def test_random_features_measure_as_chance():
 @pytest.mark.parametrize(("stages", "keys"), [("knn", {"knn"}), ("probe", {"probe"}), ("tsne", set())])
 def test_only_the_stages_asked_for_are_measured(stages, keys):
     config = make_config(stages=stages, checkpoint="encoder.pt", probe="lbfgs")
-    assert {"knn", "probe"} & set(simCLR.measure(blobs(), config)) == keys
+    assert {"knn", "probe"} & set(evaluation.measure(blobs(), config)) == keys
 
 
 # ------------------------------------------------------------------------------------------------
@@ -919,7 +924,7 @@ def test_stages_run_in_their_order_whatever_the_order_given():
     ],
 )
 def test_a_crop_size_is_a_side_or_a_schedule_over_the_share_of_training(crop_size, schedule):
-    assert simCLR.crop_schedule(crop_size) == schedule
+    assert augmentation.crop_schedule(crop_size) == schedule
 
 
 @pytest.mark.parametrize(
@@ -971,7 +976,7 @@ def test_pretraining_crops_by_its_schedule():
     config = make_config(epochs=2, batch_size=20, crop_size="4:0.5,6:0.8,8:1", jitter=0.0, grayscale=0.0)
     trainer = fn.make_trainer(config, config.epochs, log=fn.EpochLog(quiet=True))
     model = simCLR.SimCLRModel(Sides(), 3, 4, 4)
-    fn.fit(trainer, simCLR.Pretraining(model, data.train_images[:100], simCLR.knn_monitor(data, seed=0), config))
+    fn.fit(trainer, simCLR.Pretraining(model, data.train_images[:100], signals.knn_monitor(data, seed=0), config))
     assert [side for training, side in seen if training] == [4] * 5 + [6] * 3 + [8] * 2
     assert {side for training, side in seen if not training} == {8}
 
@@ -1017,7 +1022,7 @@ SMALL_MAPS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4), (2, 4), (4, 3), (5
 def test_a_small_map_is_convolved_as_any_other(height, width, stride):
     """Value and both gradients are those of torch's convolution, to rounding; also for another memory format."""
     torch.manual_seed(0)
-    ours = simCLR.SmallMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
+    ours = small_maps.SmallMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
     x = torch.randn(4, 5, height, width, dtype=torch.float64, requires_grad=True)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         y = ours(x.contiguous(memory_format=memory_format))
@@ -1031,7 +1036,7 @@ def test_a_small_map_is_convolved_as_any_other(height, width, stride):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_small_maps_follow_autocast(size):
     torch.manual_seed(0)
-    ours = simCLR.SmallMapConv2d(16, 8, 3, stride=2 if size == 8 else 1, padding=1, bias=False)
+    ours = small_maps.SmallMapConv2d(16, 8, 3, stride=2 if size == 8 else 1, padding=1, bias=False)
     x = torch.randn(4, 16, size, size)
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(x)
@@ -1045,7 +1050,7 @@ def test_small_maps_follow_autocast(size):
 def test_small_maps_in_bfloat16_are_rounded_like_torchs(size, stride):
     """Value and gradients come no further from the exact ones than twice the error of torch's own convolution."""
     torch.manual_seed(0)
-    layer = simCLR.SmallMapConv2d(64, 64, 3, stride, padding=1, bias=False)
+    layer = small_maps.SmallMapConv2d(64, 64, 3, stride, padding=1, bias=False)
     x = torch.randn(32, 64, size, size)
     g = torch.randn_like(layer(x))
 
@@ -1055,7 +1060,7 @@ def test_small_maps_in_bfloat16_are_rounded_like_torchs(size, stride):
         return [t.double() for t in (y, *torch.autograd.grad(y, (a, w), g.to(dtype)))]
 
     theirs = lambda a, w: torch.nn.functional.conv2d(a, w, stride=stride, padding=1)  # noqa: E731
-    ours = lambda a, w: simCLR.PatchConvolution.apply(a, w, stride)  # noqa: E731
+    ours = lambda a, w: small_maps.PatchConvolution.apply(a, w, stride)  # noqa: E731
     exact = outcome(theirs, torch.float64)
     for e, a, b in zip(exact, outcome(ours, torch.bfloat16), outcome(theirs, torch.bfloat16), strict=True):
         assert (a - e).norm() < 2 * (b - e).norm()
@@ -1063,9 +1068,9 @@ def test_small_maps_in_bfloat16_are_rounded_like_torchs(size, stride):
 
 @pytest.mark.parametrize(("size", "stride", "ours"), [(4, 1, True), (8, 2, True), (5, 1, False), (9, 2, False)])
 def test_maps_of_up_to_four_pixels_out_are_gathered_and_larger_ones_left_to_torch(monkeypatch, size, stride, ours):
-    calls, gather = [], simCLR.PatchConvolution.apply
-    monkeypatch.setattr(simCLR.PatchConvolution, "apply", lambda *args: calls.append(1) or gather(*args))
-    simCLR.SmallMapConv2d(2, 2, 3, stride, padding=1, bias=False)(torch.zeros(1, 2, size, size))
+    calls, gather = [], small_maps.PatchConvolution.apply
+    monkeypatch.setattr(small_maps.PatchConvolution, "apply", lambda *args: calls.append(1) or gather(*args))
+    small_maps.SmallMapConv2d(2, 2, 3, stride, padding=1, bias=False)(torch.zeros(1, 2, size, size))
     assert bool(calls) == ours
 
 

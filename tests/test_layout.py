@@ -1,0 +1,78 @@
+"""The house: which room may call which, and how large a page may grow."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+FILES = [file for file in TRACKED.stdout.split() if (ROOT / file).is_file()]
+HOUSE = [file for file in FILES if not file.startswith(("tests/", "benchmarks/"))]
+
+MAY_IMPORT = {  # each room, and the rooms that it may import from
+    "machinery": {"machinery"},
+    "functions": {"machinery"},
+    "contrastive": {"functions", "contrastive"},
+    "simCLR": {"functions", "contrastive"},
+    "rnn": {"functions"},
+    "rnn_hyperparameter_tune": {"functions", "rnn"},
+}
+WITHIN = {  # a file of machinery/ or contrastive/, and its neighbours that it may import
+    "machinery/errors.py": set(),
+    "machinery/files.py": {"errors"},
+    "machinery/devices.py": {"errors"},
+    "machinery/batches.py": set(),
+    "machinery/command_line.py": {"errors", "files", "devices"},
+    "machinery/run_folder.py": {"errors", "files", "devices", "command_line"},
+    "machinery/training.py": {"errors", "files", "devices", "batches"},
+    "contrastive/augmentation.py": set(),
+    "contrastive/small_maps.py": set(),
+    "contrastive/signals.py": set(),
+    "contrastive/figures.py": set(),
+    "contrastive/evaluation.py": {"figures"},
+}
+
+
+def room(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def imports(file: str) -> set[str]:
+    """The modules that a file imports, as dotted names, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", HOUSE)
+def test_arrows_between_rooms_run_downwards(file):
+    ours = {name.split(".")[0] for name in imports(file)} & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[room(file)], f"{file} imports {ours - MAY_IMPORT[room(file)]}"
+
+
+@pytest.mark.parametrize("file", [file for file in HOUSE if "/" in file])
+def test_arrows_within_a_room_run_downwards(file):
+    names = {name.split(".")[1] for name in imports(file) if name.startswith(f"{room(file)}.")}
+    assert names <= WITHIN[file], f"{file} imports {names - WITHIN[file]}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("tests/")])
+def test_a_page_has_at_most_700_lines_and_a_function_60(file):
+    text = (ROOT / file).read_text()
+    assert len(text.splitlines()) <= 700
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            assert (node.end_lineno or 0) - first < 60, f"{file}: {node.name} has more than 60 lines"
+
+
+def test_the_house_is_all_there():
+    assert {"simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py", "functions.py"} <= set(HOUSE)
+    assert set(WITHIN) == {file for file in HOUSE if "/" in file}
