@@ -1,26 +1,31 @@
-"""Images as sequences: classify an image by reading its rows, top to bottom, with a recurrent network.
+"""Images as sequences: classify an image by reading its rows with a recurrent network.
 
-A 32 x 32 colour image is a sequence of 32 steps of 96 numbers: row r is its red, then green, then blue pixels.
-Compared are the plain RNN (Elman 1990), the LSTM (Hochreiter & Schmidhuber 1997) and the GRU (Cho et al. 2014).
+A 32 x 32 colour image is a sequence of 32 steps of 96 numbers: row r is its red, then green, then
+blue pixels. Compared are the plain RNN (Elman 1990), the LSTM (Hochreiter & Schmidhuber 1997) and
+the GRU (Cho et al. 2014).
 
-    python rnn.py                                   # CIFAR-10, plain RNN, 100 epochs
-    python rnn.py --cell all                        # RNN, LSTM and GRU in one figure
-    python rnn.py --dataset digits --epochs 30      # no download, well under a minute
+    python rnn.py                                     # CIFAR-10, plain RNN, 100 epochs
+    python rnn.py --cell all                          # RNN, LSTM and GRU in one figure
+    python rnn.py --dataset digits --epochs 30        # no download, well under a minute
     python rnn.py --config runs/.../best_config.yaml  # what rnn_hyperparameter_tune.py found
-    python rnn.py --resume                          # continue the newest run where it was interrupted
+    python rnn.py --resume                            # continue the newest run
 
-Measured (results/rnn): in 100 epochs the RNN reaches 51.1 %, the LSTM 57.9 % and the GRU 61.5 % of CIFAR-10's test
-images (JPEG copy); configs/rnn_best.yaml goes further.
+Measured (results/rnn): in 100 epochs the RNN reaches 51.1 %, the LSTM 57.9 % and the GRU 61.5 % of
+CIFAR-10's test images (JPEG copy); configs/rnn_best.yaml goes further.
+
+What can be set stands beside what it sets: Network and Training. Config, after them, is both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +33,62 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import functions as fn
-from functions import Batches, EpochLog, ImageDataset, RunConfig, check
+from functions import Batches, EpochLog, ImageDataset, check
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 # ------------------------------------------------------------------------------------------------
-# Configuration: every field is a flag
+# Data: rows as time steps
+# ------------------------------------------------------------------------------------------------
+
+
+def rows_as_sequence(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, C * W): step r is row r of red, then of green, then of blue."""
+    return images.permute(0, 2, 1, 3).flatten(2)
+
+
+@dataclass
+class Splits:
+    """What one training needs: uint8 images (N, C, H, W) and int64 labels (N,) of each split."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+
+
+def split(data: ImageDataset, fraction: float, seed: int) -> Splits:
+    """Hold out a stratified `fraction` of the training images for validation.
+
+    Raises UserError where that leaves a class without training images.
+    """
+    images, labels, test_images, test_labels = data.labelled()
+    held_out = fn.stratified_subset(labels, fraction, seed)
+    kept = fn.complement(held_out, len(labels))
+
+    seen = set(labels[kept].tolist())
+    lost = ", ".join(name for i, name in enumerate(data.classes) if i not in seen)
+    problem = f"--dataset {data.name} with --validation_fraction {fraction}"
+    remedy = "hold out less, or take more images"
+    check(not lost, f"{problem} leaves nothing to train on of {lost}: {remedy}")
+    return Splits(
+        train=(images[kept], labels[kept]),
+        validation=(images[held_out], labels[held_out]),
+        test=(test_images, test_labels),
+        classes=data.classes,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Config(RunConfig):
-    """Settings of the recurrent network and its training."""
+class Network(fn.Settings):
+    """The recurrent layers, and what classifies their states."""
+
+    title: ClassVar[str] = "network"
 
     cell: Literal["rnn", "lstm", "gru", "all"] = "rnn"
     """kind of recurrent layer; all trains the three in turn and compares them"""
@@ -56,130 +105,34 @@ class Config(RunConfig):
     dropout: float = 0.0
     """share of the outputs dropped between one recurrent layer and the next"""
     pooling: Literal["last", "mean", "attention"] = "last"
-    """what the head sees: the state after the last row, the mean of all rows' states, or their weighted mean"""
-
-    epochs: int = 100
-    """passes over the training images"""
-    batch_size: int = 64
-    """images per step"""
-    learning_rate: float = 0.00022
-    """of Adam: at the start, or the highest of one_cycle"""
-    weight_decay: float = 0.00052
-    """L2 penalty, added to the gradient as Adam does"""
-    schedule: Literal["plateau", "one_cycle"] = "plateau"
-    """the learning rate falls when the validation loss no longer does, or rises for --warmup_epochs and then falls to
-    nothing along a cosine"""
-    patience: int = 10
-    """of plateau: epochs without a lower validation loss that are borne; at the next, the learning rate falls to a
-    tenth"""
-    warmup_epochs: int = 0
-    """of one_cycle: epochs in which the learning rate rises"""
-    gradient_clip: float = 0.0
-    """largest norm of a step's gradient, which is scaled down to it; 0 leaves it as it is"""
-    label_smoothing: float = 0.0
-    """share of each training label that is spread over all classes"""
-    crop_padding: int = 0
-    """each time an image is seen in training, it is shifted by up to so many pixels in each direction"""
-    flip: bool = False
-    """each time an image is seen in training, it is mirrored left to right or not, with equal probability"""
-    validation_fraction: float = 0.1
-    """share of each class's training images held out, to choose the epoch and the learning rate's fall"""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it"""
-    max_time: str | None = None
-    """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on later with --resume"""
-
-    @property
-    def may_grow(self) -> tuple[str, ...]:
-        """On a plateau the learning rate falls however many epochs there are; one cycle spans them all."""
-        return ("epochs",) if self.schedule == "plateau" else ()
+    """what the head sees: the state after the last row, the mean of all rows' states, or their
+    weighted mean"""
 
     def validate(self) -> None:
         super().validate()
-        for flag in ("hidden_size", "num_layers", "l2", "l3", "epochs"):
-            check(getattr(self, flag) >= 1, f"--{flag} must be at least 1, got {getattr(self, flag)}")
-        check(
-            self.batch_size >= 2, f"--batch_size must be at least 2 (BatchNorm needs two images), got {self.batch_size}"
-        )
-        check(0 < self.learning_rate < math.inf, f"--learning_rate must be a positive number, got {self.learning_rate}")
-        check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
-        check(self.patience >= 0, f"--patience must be 0 or more, got {self.patience}")
-        for flag in ("warmup_epochs", "crop_padding", "gradient_clip"):
-            value = getattr(self, flag)
-            check(0 <= value < math.inf, f"--{flag} must be 0 or more, got {value}")
-        for flag in ("dropout", "label_smoothing"):
-            check(0 <= getattr(self, flag) < 1, f"--{flag} must be at least 0 and below 1, got {getattr(self, flag)}")
+        self.require("hidden_size num_layers l2 l3", fn.at_least(1))
+        self.require("dropout", fn.BELOW_1)
+        remedy = "take --num_layers 2 or more, or leave it out"
         check(
             self.dropout == 0 or self.num_layers > 1,
-            f"--dropout {self.dropout} is between recurrent layers: take --num_layers 2 or more, or leave it out",
+            f"--dropout {self.dropout} is between recurrent layers: {remedy}",
         )
-        warmup = f"--warmup_epochs {self.warmup_epochs}"
-        check(self.warmup_epochs == 0 or self.schedule == "one_cycle", f"{warmup} needs --schedule one_cycle")
-        check(self.warmup_epochs < self.epochs, f"{warmup} must be below --epochs {self.epochs}")
-        fraction = self.validation_fraction
-        check(0 < fraction < 1, f"--validation_fraction must be between 0 and 1, got {fraction}")
-        if self.max_time is not None:
-            fn.parse_duration(self.max_time)
 
 
-# ------------------------------------------------------------------------------------------------
-# Data: rows as time steps
-# ------------------------------------------------------------------------------------------------
-
-
-def rows_as_sequence(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, C * W): step r is row r of the red channel, then of the green, then of the blue."""
-    return images.permute(0, 2, 1, 3).flatten(2)
-
-
-@dataclass
-class Splits:
-    """What one training needs: uint8 images (N, C, H, W) and int64 labels (N,) for training, validation and test."""
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    classes: tuple[str, ...]
-
-
-def split(data: ImageDataset, config: Config) -> Splits:
-    """Hold out a stratified validation split of the training images. Raises UserError for too little data."""
-    images, labels, test_images, test_labels = data.labelled()
-    held_out = fn.stratified_subset(labels, config.validation_fraction, config.seed)
-    kept = fn.complement(held_out, len(labels))
-    lost = [name for i, name in enumerate(data.classes) if not (labels[kept] == i).any()]
-    check(
-        not lost,
-        f"--dataset {data.name} with --validation_fraction {config.validation_fraction} leaves nothing to train on of "
-        f"{', '.join(lost)}: hold out less, or take more images",
-    )
-    check(
-        config.batch_size <= len(kept),
-        f"--batch_size {config.batch_size} is above the {len(kept):,} training images: take at most {len(kept)}",
-    )
-    side = min(images.shape[2:])
-    check(
-        config.crop_padding <= side,
-        f"--crop_padding {config.crop_padding} is wider than the images of {data.name}: take at most {side}",
-    )
-    return Splits(
-        (images[kept], labels[kept]), (images[held_out], labels[held_out]), (test_images, test_labels), data.classes
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------
+def hidden_layer(inputs: int, width: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.5)]
 
 
 class SimpleRNN(nn.Module):
-    """A recurrent layer (or several) whose states, pooled over the rows, are classified by a small network.
+    """A recurrent layer (or several) whose states, pooled over the rows, a small network reads.
 
-    Sequences (B, steps, input_size) -> logits (B, num_classes). `cell` is rnn, lstm or gru; l2 and l3 are the widths of
-    the head's two hidden layers, each Linear - BatchNorm - ReLU - Dropout(0.5). Raises KeyError for an unknown cell,
-    ValueError for an unknown pooling.
-    `bidirectional` (Schuster & Paliwal 1997) reads upwards too; `dropout` acts between layers; `pooling` is last, mean
-    or attention, where a learned score says how much each row's state counts (after Yang et al. 2016, Eq. 5 to 7).
+    Sequences (B, steps, input_size) -> logits (B, num_classes). `cell` is rnn, lstm or gru; l2 and
+    l3 are the widths of the head's two hidden layers, each Linear - BatchNorm - ReLU -
+    Dropout(0.5). Raises KeyError for an unknown cell, ValueError for an unknown pooling.
+
+    `bidirectional` (Schuster & Paliwal 1997) reads upwards too. `dropout` acts between layers.
+    `pooling` is last, mean or attention, where a learned score says how much each row's state
+    counts (after Yang et al. 2016, Eq. 5 to 7).
     """
 
     def __init__(
@@ -197,13 +150,16 @@ class SimpleRNN(nn.Module):
     ) -> None:
         super().__init__()
         self.recurrent = CELLS[cell](
-            input_size, hidden_size, num_layers, batch_first=True, dropout=dropout, bidirectional=bidirectional
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            dropout=dropout,
+            bidirectional=bidirectional,
         )
         width = 2 * hidden_size if bidirectional else hidden_size
         self.head = nn.Sequential(
-            *(nn.Linear(width, l2), nn.BatchNorm1d(l2), nn.ReLU(), nn.Dropout(0.5)),
-            *(nn.Linear(l2, l3), nn.BatchNorm1d(l3), nn.ReLU(), nn.Dropout(0.5)),
-            nn.Linear(l3, num_classes),
+            *hidden_layer(width, l2), *hidden_layer(l2, l3), nn.Linear(l3, num_classes)
         )
         if pooling not in ("last", "mean", "attention"):
             raise ValueError(f"pooling must be last, mean or attention, got {pooling}")
@@ -212,38 +168,61 @@ class SimpleRNN(nn.Module):
             self.attention = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs, _ = self.recurrent(x)  # (B, steps, width): the top layer's state after each row
-        return self.head(self.pool(outputs))
+        return self.head(self.pool(self.states(x)))
+
+    def states(self, x: Tensor) -> Tensor:
+        """The top layer's state after each row: (B, steps, input_size) -> (B, steps, width)."""
+        device = x.device.type
+        # On CPUs without AVX-512 oneDNN has no LSTM in bfloat16 and would stop: stay in float32.
+        lacking = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if lacking and isinstance(self.recurrent, nn.LSTM):
+            context: Any = torch.autocast(device, enabled=False)
+        else:
+            context = contextlib.nullcontext()
+        with context:
+            outputs, _ = self.recurrent(x)
+        return outputs
 
     def after_each_row(self, x: Tensor) -> Tensor:
-        """What it makes of the first row alone, of the first two, and so on: logits (B, steps, num_classes)."""
-        if self.recurrent.bidirectional:  # upwards, a sequence that is cut off begins elsewhere
-            return torch.stack([self(x[:, :k]) for k in range(1, x.shape[1] + 1)], 1)
-        outputs, _ = self.recurrent(x)
-        return torch.stack([self.head(self.pool(outputs[:, :k])) for k in range(1, x.shape[1] + 1)], 1)
+        """What it makes of the first row alone, of the first two, and so on.
 
-    def pool(self, outputs: Tensor) -> Tensor:
+        (B, steps, input_size) -> logits (B, steps, num_classes).
+        """
+        steps = range(1, x.shape[1] + 1)
+        if self.recurrent.bidirectional:  # upwards, a sequence that is cut off begins elsewhere
+            return torch.stack([self(x[:, :k]) for k in steps], 1)
+        states = self.states(x)
+        return torch.stack([self.head(self.pool(states[:, :k])) for k in steps], 1)
+
+    def pool(self, states: Tensor) -> Tensor:
         """One state for the whole image: (B, steps, width) -> (B, width)."""
         if self.pooling == "mean":
-            return outputs.mean(1)
+            return states.mean(1)
         if self.pooling == "attention":
-            weights = self.attention(outputs).softmax(1)  # (B, steps, 1), of sum 1
-            return (weights * outputs).sum(1)
+            weights = self.attention(states).softmax(1)  # (B, steps, 1), of sum 1
+            return (weights * states).sum(1)
         if not self.recurrent.bidirectional:
-            return outputs[:, -1]  # after the last row it has seen the whole image
-        downwards, upwards = outputs.chunk(2, 2)
-        return torch.cat([downwards[:, -1], upwards[:, 0]], 1)  # the last row read upwards is the first
+            return states[:, -1]  # after the last row it has seen the whole image
+        downwards, upwards = states.chunk(2, 2)
+        return torch.cat([downwards[:, -1], upwards[:, 0]], 1)  # upwards, the first row is last
 
 
-def build_model(config: Config, cell: str, images: Tensor, num_classes: int) -> SimpleRNN:
-    """The network that `config` describes, for images (N, C, H, W), with weights decided by config.seed."""
-    torch.manual_seed(config.seed)
-    row = images.shape[1] * images.shape[3]
+def build_model(
+    network: Network, cell: str, images: Tensor, num_classes: int, seed: int
+) -> SimpleRNN:
+    """The network that the settings describe, for images (N, C, H, W), with weights of `seed`."""
+    torch.manual_seed(seed)
     return SimpleRNN(
-        *(row, config.hidden_size, config.num_layers, num_classes, config.l2, config.l3, cell),
-        bidirectional=config.bidirectional,
-        dropout=config.dropout,
-        pooling=config.pooling,
+        input_size=images.shape[1] * images.shape[3],
+        hidden_size=network.hidden_size,
+        num_layers=network.num_layers,
+        num_classes=num_classes,
+        l2=network.l2,
+        l3=network.l3,
+        cell=cell,
+        bidirectional=network.bidirectional,
+        dropout=network.dropout,
+        pooling=network.pooling,
     )
 
 
@@ -252,36 +231,133 @@ def build_model(config: Config, cell: str, images: Tensor, num_classes: int) -> 
 # ------------------------------------------------------------------------------------------------
 
 
-def random_crop_and_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
-    """Shift each image by up to `padding` pixels, black beyond its edge, and mirror half of them.
+@dataclass
+class Training(fn.RunConfig):
+    """How the network learns."""
 
-    (B, C, H, W) -> (B, C, H, W), the same dtype, device and values as `images`. The usual augmentation of CIFAR-10
-    (He et al. 2016, Section 4.2, with a padding of 4): pad on all sides, then cut out the old size at random.
+    title: ClassVar[str] = "training"
+
+    epochs: int = 100
+    """passes over the training images"""
+    batch_size: int = 64
+    """images per step"""
+    learning_rate: float = 0.00022
+    """of Adam: at the start, or the highest of one_cycle"""
+    weight_decay: float = 0.00052
+    """L2 penalty, added to the gradient as Adam does"""
+    schedule: Literal["plateau", "one_cycle"] = "plateau"
+    """the learning rate falls when the validation loss no longer does, or rises for
+    --warmup_epochs and then falls to nothing along a cosine"""
+    patience: int = 10
+    """of plateau: after more epochs than these without a lower validation loss, the learning rate
+    falls to a tenth"""
+    warmup_epochs: int = 0
+    """of one_cycle: epochs in which the learning rate rises"""
+    gradient_clip: float = 0.0
+    """largest norm of a step's gradient, which is scaled down to it; 0 leaves it as it is"""
+    label_smoothing: float = 0.0
+    """share of each training label that is spread over all classes"""
+    crop_padding: int = 0
+    """each time an image is seen in training, it is shifted by up to so many pixels in each
+    direction"""
+    flip: float | bool = 0.0
+    """probability of a horizontal flip in training (true: 0.5)"""
+    validation_fraction: float = 0.1
+    """share of each class's training images held out, to choose the epoch and the learning rate's
+    fall"""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it"""
+    max_time: str | None = None
+    """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with --resume"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.flip, bool):  # a switch once, and so it stands in older configurations
+            self.flip = 0.5 if self.flip else 0.0
+
+    @property
+    def may_grow(self) -> tuple[str, ...]:
+        """On a plateau the rate falls however many epochs there are; one cycle spans them all."""
+        return ("epochs",) if self.schedule == "plateau" else ()
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("epochs", fn.at_least(1))
+        batch = self.batch_size
+        needs = "BatchNorm needs two images"
+        check(batch >= 2, f"--batch_size must be at least 2 ({needs}), got {batch}")
+        self.require("learning_rate", fn.POSITIVE)
+        self.require("weight_decay patience warmup_epochs crop_padding", fn.NOT_NEGATIVE)
+        self.require("gradient_clip", fn.NOT_NEGATIVE)
+        self.require("label_smoothing", fn.BELOW_1)
+        self.require("flip", fn.PROBABILITY)
+        self.require("validation_fraction", fn.PART)
+
+        warmup = f"--warmup_epochs {self.warmup_epochs}"
+        one_cycle = self.warmup_epochs == 0 or self.schedule == "one_cycle"
+        check(one_cycle, f"{warmup} needs --schedule one_cycle")
+        shorter = self.warmup_epochs < self.epochs
+        check(shorter, f"{warmup} must be below --epochs {self.epochs}")
+        if self.max_time is not None:
+            fn.parse_duration(self.max_time)
+
+
+@dataclass
+class Config(Training, Network, fn.RunConfig):
+    """All settings. RunConfig stands last so that a config.yaml begins with the data set."""
+
+    script: ClassVar[str] = "rnn.py"
+
+
+def check_data(splits: Splits, config: Config) -> None:
+    """Check what the settings ask of the images. Raises UserError."""
+    images = splits.train[0]
+    n, side = len(images), min(images.shape[2:])
+    problem = f"--batch_size {config.batch_size} is above the {n:,} training images"
+    check(config.batch_size <= n, f"{problem}: take at most {n}")
+    problem = f"--crop_padding {config.crop_padding} is wider than the images"
+    check(config.crop_padding <= side, f"{problem}: take at most {side}")
+
+
+def random_crop_and_flip(images: Tensor, padding: int, flip: float) -> Tensor:
+    """Shift each image by up to `padding` pixels, and mirror it with probability `flip`.
+
+    (B, C, H, W) -> (B, C, H, W), of the same dtype, device and values as `images`, black beyond
+    the edge. The usual augmentation of CIFAR-10 (He et al. 2016, Section 4.2, with a padding of
+    4): pad on all sides, then cut out the old size at random.
     """
     n, _, height, width = images.shape
+    device = images.device
     if padding:
         padded = F.pad(images, [padding] * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, tops, lefts, H, W)
-        top, left = torch.randint(2 * padding + 1, (2, n), device=images.device)
-        images = windows[torch.arange(n, device=images.device), :, top, left]
+        # All windows of the old size, as a view: (B, C, tops, lefts, H, W).
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        top, left = torch.randint(2 * padding + 1, (2, n), device=device)
+        images = windows[torch.arange(n, device=device), :, top, left]
     if flip:
-        mirrored = torch.rand(n, 1, 1, 1, device=images.device) < 0.5
+        mirrored = torch.rand(n, 1, 1, 1, device=device) < flip
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
 
 class RowClassification(fn.Classification):
-    """Trains a SimpleRNN on uint8 images with Adam, as `config` says."""
+    """Trains a SimpleRNN on uint8 images with Adam, as the settings say."""
 
     model: SimpleRNN
 
-    def __init__(self, model: SimpleRNN, splits: Splits, config: Config) -> None:
-        n = len(splits.train[0])
-        lone = n % config.batch_size == 1  # BatchNorm cannot normalise a last batch of one image
-        train = Batches(*splits.train, batch_size=config.batch_size, seed=config.seed, drop_last=lone)
-        super().__init__(model, train, Batches(*splits.validation, batch_size=1000), held_out="validation")
+    def __init__(self, model: SimpleRNN, splits: Splits, config: Training) -> None:
+        images, labels = splits.train
+        train = Batches(
+            images,
+            labels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            # BatchNorm cannot normalise a last batch of one image.
+            drop_last=len(images) % config.batch_size == 1,
+        )
+        validation = Batches(*splits.validation, batch_size=1000)
+        super().__init__(model, train, validation, held_out="validation")
         self.config = config
-        self.normalize = fn.Normalize(splits.train[0])
+        self.normalize = fn.Normalize(images)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(rows_as_sequence(self.normalize(images)))
@@ -298,20 +374,34 @@ class RowClassification(fn.Classification):
     def configure_optimizers(self) -> Any:
         config = self.config
         optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            self.model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         if config.schedule == "one_cycle":  # after Smith & Topin 2019, along cosines
-            steps, warmup = (epochs * len(self.train_batches) for epochs in (config.epochs, config.warmup_epochs))
-            rising = warmup / steps if warmup > 1 else 0.0  # PyTorch divides by the warm-up's steps but one
+            steps = config.epochs * len(self.train_batches)
+            warmup = config.warmup_epochs * len(self.train_batches)
             cycle = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, config.learning_rate, total_steps=steps, pct_start=rising, cycle_momentum=False
+                optimizer,
+                config.learning_rate,
+                total_steps=steps,
+                # PyTorch divides by the steps of the warm-up less one.
+                pct_start=warmup / steps if warmup > 1 else 0.0,
+                cycle_momentum=False,
             )
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.patience)
-        # Lightning would step it after the epoch's checkpoint is written, and a resumed run would miss that step:
-        # Lightning's turn never comes, on_validation_epoch_end takes it.
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": cycle, "interval": "step"},
+            }
+
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.1, patience=config.patience
+        )
+        # Lightning would step it after the epoch's checkpoint is written, and a resumed run would
+        # miss that step. So Lightning's turn never comes: on_validation_epoch_end takes it.
         never = {"monitor": "validation_loss", "frequency": sys.maxsize}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **never}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, **never}}
 
     def on_validation_epoch_end(self) -> None:
         schedule: Any = self.lr_schedulers()
@@ -319,29 +409,51 @@ class RowClassification(fn.Classification):
             schedule.step(self.trainer.callback_metrics["validation_loss"])
 
 
-def train(
-    config: Config, cell: str, splits: Splits, folder: Path | None = None, callbacks: Sequence[Callback] = ()
-) -> tuple[RowClassification, EpochLog]:
-    """Train one network and return it with the log of its epochs.
+@dataclass
+class Trained:
+    """A trained network, and the rows of its epochs."""
 
-    With a folder, metrics and checkpoints are kept there, an interrupted training goes on, and the weights are those
-    of the epoch with the best validation accuracy. Without one, they are the last epoch's.
+    module: RowClassification
+    rows: list[dict[str, float]]
+
+
+def train(
+    config: Config,
+    cell: str,
+    splits: Splits,
+    folder: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Trained:
+    """Train one network.
+
+    With a folder, metrics and checkpoints are kept there, an interrupted training goes on, and the
+    weights are those of the epoch with the best validation accuracy. Without one, they are the
+    last epoch's.
     """
-    model = build_model(config, cell, splits.train[0], len(splits.classes))
+    model = build_model(config, cell, splits.train[0], len(splits.classes), config.seed)
     module = RowClassification(model, splits, config)
     if folder is None:
         log = EpochLog(quiet=True)
-        fn.fit(fn.make_trainer(config, config.epochs, callbacks, log=log), module)
-        return module, log
+        trainer = fn.make_trainer(config.machine, config.seed, config.epochs, log, callbacks)
+        fn.fit(trainer, module)
+        return Trained(module, log.rows)
+
     log = EpochLog(folder / "metrics.csv")
     checkpoint = fn.Checkpoints(folder / "checkpoints", log, best="validation_accuracy")
     trainer = fn.make_trainer(
-        config, config.epochs, callbacks, folder=folder, log=log, checkpoint=checkpoint, max_time=config.max_time
+        config.machine,
+        config.seed,
+        config.epochs,
+        log,
+        callbacks,
+        folder=folder,
+        checkpoint=checkpoint,
+        max_time=config.max_time,
     )
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
     assert checkpoint.best_weights is not None
     module.load_state_dict(checkpoint.best_weights)
-    return module, log
+    return Trained(module, log.rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -350,7 +462,7 @@ def train(
 
 
 class EachRow(nn.Module):
-    """A trained RowClassification, read out after each row: uint8 (B, C, H, W) -> logits (B, H, classes)."""
+    """A trained RowClassification, read after each row: uint8 (B, C, H, W) -> (B, H, classes)."""
 
     def __init__(self, module: RowClassification) -> None:
         super().__init__()
@@ -360,27 +472,34 @@ class EachRow(nn.Module):
         return self.module.model.after_each_row(rows_as_sequence(self.module.normalize(images)))
 
 
-def accuracy_by_rows(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
-    """Accuracy when an image's first k rows alone are read, for k = 1 ... H; the last is that of whole images.
+def accuracy_by_rows(
+    module: RowClassification, images: Tensor, labels: Tensor, machine: fn.Machine
+) -> list[float]:
+    """Accuracy when an image's first k rows alone are read, for k = 1 ... H.
 
-    images: uint8 (N, C, H, W), labels: int64 (N,). The head has learned from whole images only.
+    images: uint8 (N, C, H, W), labels: int64 (N,). The head has learned from whole images only;
+    the last accuracy is theirs.
     """
-    logits = fn.extract_features(EachRow(module), images, config)
+    logits = fn.extract_features(EachRow(module), images, machine)
     return [fn.accuracy(predictions, labels) for predictions in logits.argmax(2).unbind(1)]
 
 
-def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, config: Config) -> list[float]:
-    """How much each row matters to the loss: the norm of the loss's gradient with respect to it, as shares of 1.
+def gradient_by_row(
+    module: RowClassification, images: Tensor, labels: Tensor, machine: fn.Machine
+) -> list[float]:
+    """How much each row matters to the loss: the norm of its gradient, as shares of 1.
 
-    images: uint8 (N, C, H, W), labels: int64 (N,); norms are averaged over the images. In a network that reads
-    downwards and hands on its last state alone, the gradient comes to the first rows through all later steps: it
-    vanishes where the cell forgets (Bengio, Simard & Frasconi 1994). Pooling gives every row a way of its own.
+    images: uint8 (N, C, H, W), labels: int64 (N,); norms are averaged over the images. In a
+    network that reads downwards and hands on its last state alone, the gradient comes to the first
+    rows through all later steps: it vanishes where the cell forgets (Bengio, Simard & Frasconi
+    1994). Pooling gives every row a way of its own.
     """
-    device, total = fn.resolve_device(config.accelerator), torch.zeros(images.shape[2])
+    device = machine.device
+    total = torch.zeros(images.shape[2])
     module.eval().to(device)
     for some_images, some_labels in Batches(images, labels, batch_size=500):
         rows = rows_as_sequence(module.normalize(some_images.to(device))).requires_grad_()
-        with torch.backends.cudnn.flags(enabled=False):  # which goes backwards in training mode only
+        with torch.backends.cudnn.flags(enabled=False):  # which goes backwards in training only
             loss = F.cross_entropy(module.model(rows), some_labels.to(device), reduction="sum")
             (gradient,) = torch.autograd.grad(loss, rows)  # (B, H, C * W)
         total += gradient.norm(dim=2).sum(0).cpu()
@@ -388,26 +507,113 @@ def gradient_by_row(module: RowClassification, images: Tensor, labels: Tensor, c
     return (total / total.sum().clamp_min(1e-30)).tolist()  # all 0 where no gradient comes through
 
 
-def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> None:
-    """Accuracy over the rows read so far, and the rows' shares of the gradient; a colour per cell."""
+# ------------------------------------------------------------------------------------------------
+# What one cell reached
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What one kind of cell reached; the first ten fields go to results.json.
+
+    predictions: classes of the test images, int64 (N,). rows: of its epochs.
+    """
+
+    best_epoch: int
+    train_accuracy: float
+    validation_accuracy: float
+    test_accuracy: float
+    per_class: dict[str, float | None]
+    accuracy_by_rows: list[float]
+    gradient_by_row: list[float]
+    parameters: int
+    seconds: float
+    images_per_second: float
+    predictions: Tensor
+    rows: list[dict[str, float]]
+
+    def results(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("predictions", "rows")}
+
+
+def run_cell(config: Config, cell: str, splits: Splits, folder: Path) -> Outcome:
+    """Train one kind of cell, and test its best epoch once."""
+    trained = train(config, cell, splits, folder)
+    module, rows, machine = trained.module, trained.rows, config.machine
+    best = max(rows, key=lambda row: row["validation_accuracy"])  # the first, if several are equal
+
+    # Without dropout and augmentation, unlike the training accuracy of the curves.
+    train_images, train_labels = splits.train
+    train_predictions = fn.extract_features(module, train_images, machine).argmax(1)
+    images, labels = splits.test
+    predictions = fn.extract_features(module, images, machine).argmax(1)
+
+    outcome = Outcome(
+        best_epoch=int(best["epoch"]),
+        train_accuracy=fn.accuracy(train_predictions, train_labels),
+        validation_accuracy=best["validation_accuracy"],
+        test_accuracy=fn.accuracy(predictions, labels),
+        per_class=fn.accuracy_per_class(predictions, labels, splits.classes),
+        accuracy_by_rows=accuracy_by_rows(module, images, labels, machine),
+        gradient_by_row=gradient_by_row(module, images, labels, machine),
+        parameters=sum(p.numel() for p in module.model.parameters()),
+        seconds=round(sum(row["seconds"] for row in rows), 1),
+        images_per_second=round(statistics.median(row["images_per_second"] for row in rows), 1),
+        predictions=predictions,
+        rows=rows,
+    )
+    print(
+        f"{cell}: best epoch {outcome.best_epoch}, "
+        f"validation {fn.percent(outcome.validation_accuracy)}, "
+        f"test {fn.percent(outcome.test_accuracy)}; accuracy per class on the test images:"
+    )
+    fn.print_per_class(outcome.per_class)
+    return outcome
+
+
+def plot_rows(outcomes: dict[str, Outcome], classes: int, file: Path) -> None:
+    """Accuracy over the rows read so far, and the rows' shares of the gradient; a colour a cell."""
     figure, (left, right) = fn.new_figure(10, 4, columns=2)
-    rows = range(1, len(next(iter(cells.values()))["accuracy_by_rows"]) + 1)
-    for name, result in cells.items():
-        left.plot(rows, result["accuracy_by_rows"], label=name.upper())
-        right.plot(rows, result["gradient_by_row"], label=name.upper())
-    left.axhline(1 / classes, color="grey", linestyle=":", label="left: chance\nright: equal shares")
-    left.set(xlabel="rows read, from the top", ylabel="test accuracy", title="What it knows after the first rows")
-    right.axhline(1 / len(rows), color="grey", linestyle=":")
-    right.set(xlabel="row", ylabel="share of the gradient", yscale="log", title="Which rows the loss depends on")
-    shares = [share for result in cells.values() for share in result["gradient_by_row"] if share > 0] or [1.0]
-    high = math.ceil(math.log10(max(shares)))
-    right.set_ylim(10 ** min(math.floor(math.log10(min(shares))), high - 1), 10**high)
+    height = len(next(iter(outcomes.values())).accuracy_by_rows)
+    rows = range(1, height + 1)
+    for name, outcome in outcomes.items():
+        left.plot(rows, outcome.accuracy_by_rows, label=name.upper())
+        right.plot(rows, outcome.gradient_by_row, label=name.upper())
+
+    chance = {"color": "grey", "linestyle": ":"}
+    left.axhline(1 / classes, label="left: chance\nright: equal shares", **chance)
+    left.set(xlabel="rows read, from the top", ylabel="test accuracy")
+    left.set(title="What it knows after the first rows")
+    fn.of_accuracy(left)
+
+    right.axhline(1 / height, **chance)
+    right.set(xlabel="row", ylabel="share of the gradient", yscale="log")
+    right.set(title="Which rows the loss depends on")
+    shares = [share for outcome in outcomes.values() for share in outcome.gradient_by_row if share]
+    low, high = (math.log10(bound(shares or [1.0])) for bound in (min, max))
+    top = math.ceil(high)
+    right.set_ylim(10 ** min(math.floor(low), top - 1), 10**top)
     right.yaxis.set_minor_formatter("")  # whole decades are labelled, and nothing between
+    fn.in_percent(right)
+
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        fn.in_percent(axis)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     fn.save_figure(figure, file)
+
+
+def print_table(outcomes: dict[str, Outcome]) -> None:
+    """The outcome at a glance, a row per cell; the gap, of training and validation, in points."""
+    rows = [("cell", "best epoch", "train", "validation", "gap", "test", "parameters", "time")]
+    for name, r in outcomes.items():
+        gap = f"{100 * (r.train_accuracy - r.validation_accuracy):.1f}"
+        train, validation = fn.percent(r.train_accuracy), fn.percent(r.validation_accuracy)
+        test, parameters = fn.percent(r.test_accuracy), f"{r.parameters:,}"
+        time = fn.format_time(r.seconds)
+        rows.append((name, str(r.best_epoch), train, validation, gap, test, parameters, time))
+    print()
+    fn.print_columns(rows, indent=0)
+    print()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -415,78 +621,37 @@ def plot_rows(cells: dict[str, dict[str, Any]], classes: int, file: Path) -> Non
 # ------------------------------------------------------------------------------------------------
 
 
-def run_cell(
-    config: Config, cell: str, splits: Splits, folder: Path
-) -> tuple[dict[str, Any], list[dict[str, float]], Tensor]:
-    """Train one kind of cell and test its best epoch once: (results, rows of the curves, test predictions)."""
-    module, log = train(config, cell, splits, folder)
-    best = max(log.rows, key=lambda row: row["validation_accuracy"])  # the first, if several are equal
-    test_images, test_labels = splits.test
-    predictions = fn.extract_features(module, test_images, config).argmax(1)
-    train_predictions = fn.extract_features(module, splits.train[0], config).argmax(1)
-    results: dict[str, Any] = {
-        "best_epoch": int(best["epoch"]),
-        "train_accuracy": fn.accuracy(train_predictions, splits.train[1]),  # without dropout and augmentation
-        "validation_accuracy": best["validation_accuracy"],
-        "test_accuracy": fn.accuracy(predictions, test_labels),
-        "per_class": fn.accuracy_per_class(predictions, test_labels, splits.classes),
-        "accuracy_by_rows": accuracy_by_rows(module, test_images, test_labels, config),
-        "gradient_by_row": gradient_by_row(module, test_images, test_labels, config),
-        "parameters": sum(p.numel() for p in module.model.parameters()),
-        "seconds": round(sum(row["seconds"] for row in log.rows), 1),
-        "images_per_second": round(float(torch.tensor([row["images_per_second"] for row in log.rows]).median()), 1),
-    }
-    print(
-        f"{cell}: best epoch {results['best_epoch']}, validation {100 * results['validation_accuracy']:.1f} %, "
-        f"test {100 * results['test_accuracy']:.1f} %; accuracy per class on the test images:"
-    )
-    fn.print_per_class(results["per_class"])
-    return results, log.rows, predictions
-
-
-def print_table(cells: dict[str, dict[str, Any]]) -> None:
-    """The outcome at a glance, a row per cell; the gap, of training and validation accuracy, is in points."""
-    print("\ncell   best epoch      train   validation    gap      test   parameters     time")
-    for name, r in cells.items():
-        train, validation, test = (100 * r[f"{split}_accuracy"] for split in ("train", "validation", "test"))
-        print(
-            f"{name:4} {r['best_epoch']:12} {train:8.1f} % {validation:10.1f} % {train - validation:6.1f} {test:7.1f} %"
-            f" {r['parameters']:12,} {fn.format_time(r['seconds']):>8}"
-        )
-    print()
-
-
 def main(config: Config) -> None:
-    if fn.finished(config):
+    run = fn.Run(config)
+    if run.is_finished():
         return
-    record = fn.start_record(config)
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
-    splits = split(data, config)
-    cells = list(CELLS) if config.cell == "all" else [config.cell]
+    splits = split(data, config.validation_fraction, config.seed)
+    check_data(splits, config)
+
     _, channels, height, width = data.train_images.shape
-    counts = [f"{len(images):,}" for images, _ in (splits.train, splits.validation, splits.test)]
-    print(f"{data.name}: {counts[0]} training, {counts[1]} validation and {counts[2]} test images")
-    print(f"each read as {height} rows of {channels * width} numbers; {fn.describe_machine(config)}")
-    with fn.run_folder(config) as folder:
+    n, m, k = (f"{len(images):,}" for images, _ in (splits.train, splits.validation, splits.test))
+    print(f"{data.name}: {n} training, {m} validation and {k} test images")
+    print(f"each read as {height} rows of {channels * width} numbers; {config.machine}")
+
+    cells = list(CELLS) if config.cell == "all" else [config.cell]
+    with run.open() as folder:
         outcomes = {}
         for cell in cells:
             cell_folder = folder / cell if len(cells) > 1 else folder
             cell_folder.mkdir(exist_ok=True)
             print(f"training {cell}", flush=True)
-            outcomes[cell] = run_cell(config, cell, splits, cell_folder)
-            fn.plot_confusion_matrix(
-                outcomes[cell][2],
-                splits.test[1],
-                splits.classes,
-                cell_folder / "confusion_matrix.png",
-                f"{cell.upper()}, test",
-            )
-        curves = {cell.upper(): rows for cell, (_, rows, _) in outcomes.items()}
-        fn.plot_curves(curves, "validation", folder / "curves.png", f"Reading {Path(data.name).name} images row by row")
-        results = {cell: result for cell, (result, _, _) in outcomes.items()}
-        plot_rows(results, len(splits.classes), folder / "rows.png")
-        print_table(results)
-        fn.save_results(folder, record, cells=results)
+            outcome = outcomes[cell] = run_cell(config, cell, splits, cell_folder)
+            file, title = cell_folder / "confusion_matrix.png", f"{cell.upper()}, test"
+            labels = splits.test[1]
+            fn.plot_confusion_matrix(outcome.predictions, labels, splits.classes, file, title)
+
+        curves = {cell.upper(): outcome.rows for cell, outcome in outcomes.items()}
+        title = f"Reading {Path(data.name).name} images row by row"
+        fn.plot_curves(curves, "validation", folder / "curves.png", title)
+        plot_rows(outcomes, len(splits.classes), folder / "rows.png")
+        print_table(outcomes)
+        run.save(cells={cell: outcome.results() for cell, outcome in outcomes.items()})
 
 
 if __name__ == "__main__":

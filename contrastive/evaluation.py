@@ -1,26 +1,111 @@
-"""Section 4 and Appendix B of the SimCLR paper: what did it learn? k-NN and linear probe on the frozen h."""
+"""What did it learn? Section 4 and Appendix B: k-NN and linear probe on the frozen h."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 import functions as fn
-from contrastive.figures import print_table, show_probe, show_tsne
-from functions import Batches, ImageDataset
+from contrastive import figures
+from functions import Batches, ImageDataset, check
 
-if TYPE_CHECKING:
-    from simCLR import Config
+STAGES = ("pretrain", "knn", "probe", "tsne")
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluationSettings(fn.RunConfig):
+    """What to measure, and how."""
+
+    title: ClassVar[str] = "evaluation"
+
+    stages: str = "pretrain,knn,probe,tsne"
+    """what to do, comma-separated: pretrain, knn, probe, tsne"""
+    checkpoint: str | None = None
+    """encoder.pt, or a checkpoint of a run, for stages without pretrain"""
+    baselines: bool = True
+    """also measure raw pixels and the untrained encoder"""
+    label_fraction: float = 1.0
+    """share of each class's training labels that k-NN and probe may use"""
+    labels_per_class: int | str | None = None
+    """besides, how far a few labels get: one number per class, or several, as 1,2,10"""
+    label_seeds: int = 10
+    """how often --labels_per_class draws which images have a label"""
+    knn_k: int = 200
+    """neighbours that vote in k-NN"""
+    knn_temperature: float = 0.1
+    """tau of the votes' weights in k-NN"""
+    probe: Literal["sgd", "lbfgs"] = "sgd"
+    """how the linear probe is trained: step by step with curves, or to the optimum of logistic
+    regression"""
+    probe_epochs: int = 100
+    """epochs of the linear probe"""
+    probe_batch_size: int = 512
+    """images per batch of the linear probe"""
+    probe_learning_rate: float = 0.03
+    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("label_seeds knn_k probe_epochs", fn.at_least(1))
+        self.require("probe_batch_size", fn.at_least(2))
+        self.require("label_fraction", fn.SHARE)
+        self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
+        _ = self.label_counts
+
+        if "pretrain" in self.stages_list:
+            remedy = "leave it out, or pretrain out of --stages"
+            check(self.checkpoint is None, f"--checkpoint is for stages after pretrain: {remedy}")
+        else:
+            file = self.checkpoint
+            needed = f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)"
+            check(file is not None, needed)
+            check(Path(file or "").is_file(), f"--checkpoint {file}: no such file")
+
+    @property
+    def stages_list(self) -> list[str]:
+        """The stages in the order they run. Raises UserError for an unknown one."""
+        wanted = [stage.strip() for stage in self.stages.split(",")]
+        unknown = ", ".join(repr(stage) for stage in wanted if stage not in STAGES)
+        known = ",".join(STAGES)
+        check(not unknown, f"--stages: unknown stage {unknown}; choose from {known}")
+        return [stage for stage in STAGES if stage in wanted]
+
+    @property
+    def label_counts(self) -> list[int]:
+        """--labels_per_class as numbers, the fewest first. Raises UserError."""
+        if self.labels_per_class is None:
+            return []
+        words = str(self.labels_per_class).split(",")
+        valid = all(word.strip().isdecimal() and int(word) > 0 for word in words)
+        remedy = "give numbers of at least 1, as 1,2,10"
+        check(valid, f"--labels_per_class {self.labels_per_class}: {remedy}")
+        return sorted({int(word) for word in words})
+
+    @property
+    def measures(self) -> bool:
+        """Whether a stage compares accuracies."""
+        return bool({"knn", "probe"} & set(self.stages_list))
+
+
+# ------------------------------------------------------------------------------------------------
+# The linear probe
+# ------------------------------------------------------------------------------------------------
 
 
 class LinearClassifier(nn.Module):
-    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder: no gradient, BatchNorm in eval mode.
+    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder.
 
-    `classifier` is what the probe trains.
+    Frozen: no gradient, and BatchNorm in eval mode. `classifier` is what the probe trains.
     """
 
     def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
@@ -41,21 +126,31 @@ class LinearClassifier(nn.Module):
 
 
 class Probe(fn.Classification):
-    """A linear classifier on features (B, D), trained by SGD with momentum and a cosine schedule."""
+    """A linear classifier on features (B, D): SGD with momentum, and a cosine schedule."""
 
-    def __init__(self, model: nn.Linear, train: Batches, test: Batches, learning_rate: float, epochs: int) -> None:
+    def __init__(
+        self, model: nn.Linear, train: Batches, test: Batches, learning_rate: float, epochs: int
+    ) -> None:
         super().__init__(model, train, test, held_out="test")
-        self.learning_rate, self.epochs = learning_rate, epochs
+        self.learning_rate = learning_rate
+        self.epochs = epochs
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(self.train_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        parameters, steps = self.model.parameters(), self.epochs * len(self.train_batches)
+        optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 @dataclass
 class Features:
-    """What one encoder makes of the labelled images: h float32 (N, D) and labels int64 (N,) of both splits."""
+    """What one encoder makes of the labelled images.
+
+    train, test: h, float32 (N, D); their labels int64 (N,).
+    """
 
     train: Tensor
     train_labels: Tensor
@@ -63,104 +158,306 @@ class Features:
     test_labels: Tensor
     classes: tuple[str, ...]
 
+    def labelled(self, chosen: Tensor) -> Features:
+        """The same with these training images alone, indices int64 (M,)."""
+        train, labels = self.train[chosen], self.train_labels[chosen]
+        return replace(self, train=train, train_labels=labels)
 
-def train_probe(classifier: nn.Linear, features: Features, config: Config) -> list[dict[str, float]]:
-    """Train `classifier` in place on features.train; returns the rows of its training curves (none for lbfgs).
+    def labels_per_class(self) -> str:
+        """How many labels each class has, for people: 5,000, or all where they differ."""
+        least, most = (int(n) for n in torch.bincount(self.train_labels).aminmax())
+        return f"{least:,}" if least == most else "all"
 
-    The features are standardised for training and the scaling is then folded into the classifier's weights: still a
-    linear classifier of h, reached without tuning a learning rate to each encoder. The test curve chooses nothing.
+
+def train_probe(
+    classifier: nn.Linear, features: Features, settings: EvaluationSettings
+) -> list[dict[str, float]]:
+    """Train `classifier` in place on features.train, as --probe says; returns its curves.
+
+    sgd: --probe_epochs epochs in batches of --probe_batch_size, momentum 0.9, a learning rate of
+    --probe_learning_rate that falls along a cosine, no weight decay. lbfgs: the optimum of
+    logistic regression with scikit-learn's penalty (C = 1); it has no curves.
+
+    The features are standardised for the training, and the scaling is then folded into the
+    classifier's weights: still a linear classifier of h, but one learning rate suits every
+    encoder. The test curve chooses nothing.
     """
     std, mean = torch.std_mean(features.train, dim=0)
     std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
-    train, test = (features.train - mean) / std, (features.test - mean) / std
-    rows: list[dict[str, float]] = []
-    if config.probe == "lbfgs":
-        from sklearn.linear_model import LogisticRegression
+    scaled = replace(
+        features, train=(features.train - mean) / std, test=(features.test - mean) / std
+    )
 
-        optimum = LogisticRegression(max_iter=1000).fit(train.numpy(), features.train_labels.numpy())
-        weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
-        if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    curves: list[dict[str, float]] = []
+    if settings.probe == "lbfgs":
+        linear = logistic_regression(scaled)
     else:
-        torch.manual_seed(config.seed)
-        model = nn.Linear(train.shape[1], len(features.classes))
-        batch_size = min(config.probe_batch_size, len(train))
-        batches = Batches(train, features.train_labels, batch_size=batch_size, seed=config.seed)
-        held_out = Batches(test, features.test_labels, batch_size=5000)
-        log = fn.EpochLog(quiet=True, rate="--probe_learning_rate")
-        trainer = fn.make_trainer(config, config.probe_epochs, log=log)
-        fn.fit(trainer, Probe(model, batches, held_out, config.probe_learning_rate, config.probe_epochs))
-        weight, bias, rows = model.weight.detach().cpu(), model.bias.detach().cpu(), log.rows
+        torch.manual_seed(settings.seed)
+        linear = nn.Linear(scaled.train.shape[1], len(features.classes))
+        curves = train_by_sgd(linear, scaled, settings)
+
     with torch.no_grad():
-        classifier.weight.copy_(weight / std)
-        classifier.bias.copy_(bias - (weight / std) @ mean.to(weight.dtype))
-    return rows
+        weight = linear.weight / std
+        classifier.weight.copy_(weight)
+        classifier.bias.copy_(linear.bias - weight @ mean.to(weight.dtype))
+    return curves
 
 
-def measure(features: Features, config: Config, probe: nn.Linear | None = None) -> dict[str, Any]:
-    """k-NN and linear-probe accuracy on the test images of one set of features, as the stages ask."""
-    outcome: dict[str, Any] = {}
-    if "knn" in config.stages_list:
-        predicted = fn.knn_predict(
-            features.test,
-            features.train,
-            features.train_labels,
-            len(features.classes),
-            config.knn_k,
-            config.knn_temperature,
-        )
-        outcome["knn"] = {"accuracy": fn.accuracy(predicted, features.test_labels)}
-    if "probe" in config.stages_list:
-        classifier = probe or nn.Linear(features.train.shape[1], len(features.classes))
-        outcome["rows"] = train_probe(classifier, features, config)
-        with torch.no_grad():
-            predicted_train = classifier(features.train).argmax(1)
-            predicted = outcome["predicted"] = classifier(features.test).argmax(1)
-        outcome["probe"] = {
-            "train_accuracy": fn.accuracy(predicted_train, features.train_labels),
-            "test_accuracy": fn.accuracy(predicted, features.test_labels),
-            "per_class": fn.accuracy_per_class(predicted, features.test_labels, features.classes),
-        }
+def train_by_sgd(
+    linear: nn.Linear, features: Features, settings: EvaluationSettings
+) -> list[dict[str, float]]:
+    """Train `linear` in place on features.train; returns an EpochLog's rows."""
+    train = Batches(
+        features.train,
+        features.train_labels,
+        batch_size=min(settings.probe_batch_size, len(features.train)),
+        seed=settings.seed,
+    )
+    test = Batches(features.test, features.test_labels, batch_size=5000)
+    epochs, learning_rate = settings.probe_epochs, settings.probe_learning_rate
+
+    log = fn.EpochLog(quiet=True)
+    rate = "--probe_learning_rate"
+    trainer = fn.make_trainer(settings.machine, settings.seed, epochs, log, rate=rate)
+    fn.fit(trainer, Probe(linear, train, test, learning_rate, epochs))
+    linear.cpu()
+    return log.rows
+
+
+def logistic_regression(features: Features) -> nn.Linear:
+    """The optimum on features.train, found by L-BFGS."""
+    from sklearn.linear_model import LogisticRegression
+
+    optimum = LogisticRegression(max_iter=1000)
+    optimum.fit(features.train.numpy(), features.train_labels.numpy())
+    weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
+    if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+
+    linear = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured of one representation
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probed:
+    """What the linear probe reached. predicted: the classes of the test images, int64 (N,)."""
+
+    train_accuracy: float
+    test_accuracy: float
+    per_class: dict[str, float | None]
+    predicted: Tensor
+    curves: list[dict[str, float]]
+
+    def results(self) -> dict[str, Any]:
+        names = ("train_accuracy", "test_accuracy", "per_class")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class FewLabels:
+    """Test accuracies with a few labels per class, one for each draw of which images have them."""
+
+    labels_per_class: int
+    knn_accuracies: list[float]
+    probe_accuracies: list[float]
+
+
+@dataclass
+class Measured:
+    """The accuracies of one representation on the test images; None where no stage asks."""
+
+    knn: float | None = None
+    probe: Probed | None = None
+    few_labels: list[FewLabels] = field(default_factory=list)
+
+    def results(self) -> dict[str, Any]:
+        """This part of results.json."""
+        found: dict[str, Any] = {}
+        if self.knn is not None:
+            found["knn"] = {"accuracy": self.knn}
+        if self.probe is not None:
+            found["probe"] = self.probe.results()
+        if self.few_labels:
+            found["few_labels"] = [vars(few) for few in self.few_labels]
+        return found
+
+    def cells(self, labels: str) -> list[tuple[str, str, str]]:
+        """(labels per class, method, accuracy) of each column of the table, for people."""
+        found = []
+        for few in self.few_labels:
+            count = str(few.labels_per_class)
+            found.append((count, "k-NN", mean_and_deviation(few.knn_accuracies)))
+            found.append((count, "linear", mean_and_deviation(few.probe_accuracies)))
+        if self.knn is not None:
+            found.append((labels, "k-NN", fn.percent(self.knn)))
+        if self.probe is not None:
+            found.append((labels, "linear", fn.percent(self.probe.test_accuracy)))
+        return found
+
+
+def mean_and_deviation(accuracies: Sequence[float]) -> str:
+    """Accuracies for people: their mean and, if there are several, standard deviation."""
+    mean = 100 * statistics.mean(accuracies)
+    if len(accuracies) == 1:
+        return f"{mean:.1f} %"
+    return f"{mean:.1f} ± {100 * statistics.stdev(accuracies):.1f} %"
+
+
+def measure(
+    features: Features, settings: EvaluationSettings, classifier: nn.Linear | None = None
+) -> Measured:
+    """k-NN and linear probe of one set of features, as the stages and --labels_per_class ask.
+
+    `classifier` is trained in place, so that it can be kept; unless given, it is a new one.
+    """
+    outcome = Measured()
+    if "knn" in settings.stages_list:
+        outcome.knn = knn_accuracy(features, settings.knn_k, settings.knn_temperature)
+    if "probe" in settings.stages_list:
+        outcome.probe = probe(features, settings, classifier)
+    if settings.measures:
+        outcome.few_labels = measure_few_labels(features, settings)
     return outcome
 
 
-def evaluate(
-    encoder: nn.Module, untrained: nn.Module, data: ImageDataset, config: Config, folder: Path
-) -> dict[str, Any]:
-    """The stages after pretraining. Features are computed once per encoder and shared by every evaluation."""
-    train_images, train_labels, test_images, test_labels = data.labelled()
-    chosen = fn.stratified_subset(train_labels, config.label_fraction, config.seed)
-    train_images, train_labels = train_images[chosen], train_labels[chosen]
-    normalize = fn.Normalize(data.pretraining_images)
+def knn_accuracy(features: Features, k: int, temperature: float) -> float:
+    """The share of test images that their nearest training images classify rightly."""
+    labels, num_classes = features.train_labels, len(features.classes)
+    predicted = fn.knn_predict(features.test, features.train, labels, num_classes, k, temperature)
+    return fn.accuracy(predicted, features.test_labels)
 
-    def features(f: nn.Module) -> Features:
-        model = nn.Sequential(normalize, f)
-        train, test = (fn.extract_features(model, images, config) for images in (train_images, test_images))
-        return Features(train, train_labels, test, test_labels, data.classes)
 
-    results: dict[str, Any] = {}
-    table: dict[str, dict[str, Any]] = {}
-    if config.baselines and {"knn", "probe"} & set(config.stages_list):
-        print("measuring raw pixels and the untrained encoder", flush=True)
-        table["raw pixels"] = measure(features(nn.Flatten()), config)
-        table["untrained encoder"] = measure(features(untrained), config)
-        results["baselines"] = {
-            name.replace(" ", "_"): {k: v for k, v in row.items() if k in ("knn", "probe")}
-            for name, row in table.items()
-        }
-    print(
-        f"measuring the pretrained encoder on {len(train_labels):,} labelled and {len(test_labels):,} test images",
-        flush=True,
+def probe(
+    features: Features, settings: EvaluationSettings, classifier: nn.Linear | None = None
+) -> Probed:
+    """Train a linear probe and test it once."""
+    classifier = classifier or nn.Linear(features.train.shape[1], len(features.classes))
+    curves = train_probe(classifier, features, settings)
+    with torch.no_grad():
+        predicted_train = classifier(features.train).argmax(1)
+        predicted = classifier(features.test).argmax(1)
+    return Probed(
+        train_accuracy=fn.accuracy(predicted_train, features.train_labels),
+        test_accuracy=fn.accuracy(predicted, features.test_labels),
+        per_class=fn.accuracy_per_class(predicted, features.test_labels, features.classes),
+        predicted=predicted,
+        curves=curves,
     )
-    h = features(encoder)
-    classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(data.classes))
-    ours = table["pretrained encoder"] = measure(h, config, classifier.classifier)
-    results |= {name: ours[name] for name in ("knn", "probe") if name in ours}
-    if "probe" in ours:
+
+
+def measure_few_labels(features: Features, settings: EvaluationSettings) -> list[FewLabels]:
+    """k-NN and probe for each of --labels_per_class, over --label_seeds draws.
+
+    The probe is the optimum of logistic regression here, whatever --probe says: with so few
+    images it takes no time. A neighbour can have no more than all its class's labels, so k is at
+    most that.
+    """
+    found = []
+    optimum = replace(settings, probe="lbfgs")
+    for count in settings.label_counts:
+        few = FewLabels(count, [], [])
+        for draw in range(settings.label_seeds):
+            seed = settings.seed + draw
+            chosen = fn.per_class_subset(features.train_labels, count, seed)
+            part = features.labelled(chosen)
+            k = min(settings.knn_k, count)
+            few.knn_accuracies.append(knn_accuracy(part, k, settings.knn_temperature))
+            few.probe_accuracies.append(probe(part, optimum).test_accuracy)
+        found.append(few)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# The stages after pretraining
+# ------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    encoder: nn.Module,
+    untrained: nn.Module,
+    data: ImageDataset,
+    settings: EvaluationSettings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Measure the encoder beside raw pixels and the untrained one; returns its part of results.
+
+    Features are computed once per encoder and shared by every evaluation.
+    """
+    measured: dict[str, Measured] = {}
+    results: dict[str, Any] = {}
+    if settings.baselines and settings.measures:
+        print("measuring raw pixels and the untrained encoder", flush=True)
+        measured["raw pixels"] = measure(features_of(nn.Flatten(), data, settings), settings)
+        measured["untrained encoder"] = measure(features_of(untrained, data, settings), settings)
+        results["baselines"] = {
+            name.replace(" ", "_"): outcome.results() for name, outcome in measured.items()
+        }
+
+    h = features_of(encoder, data, settings)
+    labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
+    print(f"measuring the pretrained encoder on {labelled}", flush=True)
+    classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
+    ours = measured["pretrained encoder"] = measure(h, settings, classifier.classifier)
+    results |= ours.results()
+
+    if ours.probe is not None:
         fn.save_torch(folder / "classifier.pt", classifier.state_dict())
-        show_probe(ours, h, config, folder)
-    if "tsne" in config.stages_list:
-        show_tsne(h, config, folder)
-    if {"knn", "probe"} & set(config.stages_list):
-        print_table(table)
+        show_probe(ours.probe, h, folder)
+    if "tsne" in settings.stages_list:
+        figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
+    if settings.measures:
+        print_table(measured, h.labels_per_class())
     return results
+
+
+def features_of(encoder: nn.Module, data: ImageDataset, settings: EvaluationSettings) -> Features:
+    """What an encoder makes of the labelled images, --label_fraction of the training ones.
+
+    They are normalised as in pretraining. Raises UserError for a set without labels.
+    """
+    train_images, train_labels, test_images, test_labels = data.labelled()
+    chosen = fn.stratified_subset(train_labels, settings.label_fraction, settings.seed)
+    model = nn.Sequential(fn.Normalize(data.pretraining_images), encoder)
+    return Features(
+        train=fn.extract_features(model, train_images[chosen], settings.machine),
+        train_labels=train_labels[chosen],
+        test=fn.extract_features(model, test_images, settings.machine),
+        test_labels=test_labels,
+        classes=data.classes,
+    )
+
+
+def show_probe(probe: Probed, features: Features, folder: Path) -> None:
+    """Print the probe's accuracy per class; draw its curves and confusion matrix."""
+    train, test = fn.percent(probe.train_accuracy), fn.percent(probe.test_accuracy)
+    print(f"linear probe: train {train}, test {test}")
+    fn.print_per_class(probe.per_class)
+
+    if probe.curves:
+        title = "Linear probe on the frozen representation"
+        fn.plot_curves({"probe": probe.curves}, "test", folder / "probe.png", title)
+    file, labels = folder / "confusion_matrix.png", features.test_labels
+    fn.plot_confusion_matrix(probe.predicted, labels, features.classes, file, "Linear probe")
+
+
+def print_table(measured: dict[str, Measured], labels: str) -> None:
+    """The outcome at a glance: accuracy on the test images, a row per representation.
+
+    labels: how many labels each class has, for people. With few labels, the mean and the standard
+    deviation over the draws.
+    """
+    cells = {name: outcome.cells(labels) for name, outcome in measured.items()}
+    columns = next(iter(cells.values()))
+    rows = [["test accuracy", *(method for _, method, _ in columns)]]
+    if next(iter(measured.values())).few_labels:
+        rows.insert(0, ["labels per class", *(count for count, _, _ in columns)])
+    rows += [[name, *(text for _, _, text in row)] for name, row in cells.items()]
+    print()
+    fn.print_columns(rows)
+    print()

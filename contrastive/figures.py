@@ -1,79 +1,76 @@
-"""SimCLR's figures and tables."""
+"""SimCLR's own figures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 import functions as fn
 
-if TYPE_CHECKING:
-    from contrastive.evaluation import Features
-    from simCLR import Config
 
+def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
+    """Images in the top row, two random views of each below.
 
-def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
-    """The loss, and the k-NN accuracy among training images if it was measured, over the epochs of pretraining."""
-    checked = [row for row in rows if "knn_accuracy" in row]
-    figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
-    loss_axis, *knn_axis = axes if checked else [axes]
-    marker = "o" if len(rows) <= 10 else ""
-    loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
-    loss_axis.set(title="Pretraining, without labels")
-    fn.over_epochs(loss_axis, "NT-Xent loss")
-    for axis in knn_axis:
-        axis.plot([r["epoch"] for r in checked], [r["knn_accuracy"] for r in checked], color="C1", marker=marker)
-        axis.set(title="Its k-NN check, on training images")
-        fn.over_epochs(axis, "k-NN accuracy", percent=True)
+    images: uint8 (N, 3, H, W). views: float32 (2N, 3, H, W) in [0, 1]; i and i + N are a pair.
+    """
+    from torchvision.utils import make_grid
+
+    side = images.shape[-1]
+    gap = max(1, side // 16)
+    rows = torch.cat([images / 255, views])  # a row of the grid each: images, first, second views
+    grid = make_grid(rows, nrow=len(images), padding=gap, pad_value=1)
+
+    figure, axis = fn.new_figure(10, 3.4)
+    axis.imshow(grid.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axis.set(title="What the encoder must recognise as the same image", xticks=[])
+    axis.set_yticks([(r + 0.5) * (side + gap) for r in range(3)], ["image", "view 1", "view 2"])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     fn.save_figure(figure, file)
 
 
-def show_probe(outcome: dict[str, Any], features: Features, config: Config, folder: Path) -> None:
-    """Print the probe's accuracy per class; draw its curves and confusion matrix."""
-    probe = outcome["probe"]
-    print(f"linear probe: train {100 * probe['train_accuracy']:.1f} %, test {100 * probe['test_accuracy']:.1f} %")
-    fn.print_per_class(probe["per_class"])
-    if outcome["rows"]:
-        fn.plot_curves(
-            {"probe": outcome["rows"]}, "test", folder / "probe.png", "Linear probe on the frozen representation"
-        )
-    fn.plot_confusion_matrix(
-        outcome["predicted"], features.test_labels, features.classes, folder / "confusion_matrix.png", "Linear probe"
-    )
+def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
+    """The loss over the epochs, and the k-NN accuracy among training images if it was measured."""
+    checked = [row for row in rows if "knn_accuracy" in row]
+    marker = "o" if len(rows) <= 10 else ""
+    figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
+
+    loss_axis = axes[0] if checked else axes
+    loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
+    loss_axis.set(title="Pretraining, without labels")
+    fn.over_epochs(loss_axis, "NT-Xent loss")
+
+    if checked:
+        epochs, accuracies = ([r[key] for r in checked] for key in ("epoch", "knn_accuracy"))
+        axes[1].plot(epochs, accuracies, color="C1", marker=marker)
+        axes[1].set(title="Its k-NN check, on training images")
+        fn.over_epochs(axes[1], "k-NN accuracy", accuracy=True)
+    fn.save_figure(figure, file)
 
 
 def tsne_points(h: Tensor, seed: int) -> np.ndarray:
-    """t-SNE (van der Maaten & Hinton 2008) of unit vectors, after PCA to 50 dimensions: (N, D), N >= 4 -> (N, 2)."""
+    """t-SNE (van der Maaten & Hinton 2008) of unit vectors, after PCA to 50 dimensions.
+
+    (N, D), N >= 4 -> (N, 2).
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     points = nn.functional.normalize(h, dim=1).numpy()
     points = PCA(min(50, *points.shape), random_state=seed).fit_transform(points)
-    return TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=seed, n_jobs=-1).fit_transform(points)
+    perplexity = min(30, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(points)
 
 
-def show_tsne(features: Features, config: Config, folder: Path) -> None:
-    """Draw the t-SNE of the test images' h."""
-    if len(features.test) < 4:
+def show_tsne(h: Tensor, labels: Tensor, classes: Sequence[str], seed: int, file: Path) -> None:
+    """Draw the t-SNE of the test images' h (N, D), with labels int64 (N,)."""
+    if len(h) < 4:
         print("no t-SNE: it needs four test images or more")
         return
-    print(f"t-SNE of {len(features.test):,} test images", flush=True)
-    points = tsne_points(features.test, config.seed)
-    fn.plot_tsne(
-        points, features.test_labels, features.classes, folder / "tsne.png", "t-SNE of the test images' representations"
-    )
-
-
-def print_table(table: dict[str, dict[str, Any]]) -> None:
-    """The outcome at a glance: accuracy on the test images, a row per representation."""
-    columns = [name for name in ("knn", "probe") if name in table["pretrained encoder"]]
-    print(
-        "\ntest accuracy" + " " * 10 + "".join(f"{ {'knn': 'k-NN', 'probe': 'linear'}[name]:>10}" for name in columns)
-    )
-    for name, row in table.items():
-        values = [row[c]["accuracy"] if c == "knn" else row[c]["test_accuracy"] for c in columns]
-        print(f"  {name:21}" + "".join(f"{100 * value:8.1f} %" for value in values))
-    print()
+    print(f"t-SNE of {len(h):,} test images", flush=True)
+    title = "t-SNE of the test images' representations"
+    fn.plot_tsne(tsne_points(h, seed), labels, classes, file, title)

@@ -1,4 +1,8 @@
-"""3x3 convolutions of small maps as matrix products: what makes small images fast on a CPU."""
+"""3x3 convolutions of small maps as matrix products: what makes small images fast on a CPU.
+
+The last layers of a ResNet see 32-pixel images as maps of 4x4 pixels and less, for which a library
+made for large maps takes several times as long (benchmarks/convolution.py).
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,87 @@ import torch
 from torch import Tensor, nn
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that, on the CPU, computes maps of up to 4x4 output pixels as matrix products.
+def use_small_maps(network: nn.Module) -> None:
+    """Replace a ResNet's 3x3 convolutions by SmallMapConv2d, with the same weights and names."""
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3):
+                setattr(module, name, SmallMapConv2d.of(layer))
 
-    The same parameters and, to rounding, the same result, at up to several times the speed (benchmarks/convolution.py).
-    It also avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, not even finite at times (2.14).
+
+class SmallMapConv2d(nn.Conv2d):
+    """A 3x3 convolution, padding 1, that computes maps of up to 4x4 output pixels as products.
+
+    On the CPU only. The same parameters and, to rounding, the same result as nn.Conv2d's. It also
+    avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, at times not even finite
+    (2.14).
     """
 
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> SmallMapConv2d:
+        """The same layer, computed this way."""
+        # On the meta device: its own weights are not drawn, the random numbers of others stay.
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            kernel_size=3,
+            stride=layer.stride[0],
+            padding=1,
+            bias=False,
+            device="meta",
+        )
+        new.weight = layer.weight
+        return new
+
     def forward(self, x: Tensor) -> Tensor:
-        (height, width), stride = x.shape[2:], self.stride[0]
-        if x.device.type != "cpu" or max(height, width) > 4 * stride:
+        side, stride = max(x.shape[2:]), self.stride[0]
+        if x.device.type != "cpu" or side > 4 * stride:
             return super().forward(x)
-        if max(height, width) <= 2:
+        if side <= 2:
             return self.dense(x)
+
         weight = self.weight
-        if torch.is_autocast_enabled("cpu"):
-            x, weight = x.to(torch.get_autocast_dtype("cpu")), weight.to(torch.get_autocast_dtype("cpu"))
+        if torch.is_autocast_enabled("cpu"):  # which does not reach into an autograd.Function
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight = x.to(dtype), weight.to(dtype)
         return PatchConvolution.apply(x, weight, stride)
 
     def dense(self, x: Tensor) -> Tensor:
-        """On at most 2x2 pixels every output sees every input pixel: the convolution is one matrix of its taps."""
-        (b, _, height, width), stride = x.shape, self.stride[0]
-        taps = self.weight.flatten(2).unbind(2)  # nine of (out, in); output pixel (y, x) sees input pixel (i, j)
-        outputs = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
-        inputs = [(i, j) for i in range(height) for j in range(width)]  # through tap (i - y + 1, j - x + 1)
-        matrix = torch.cat([torch.cat([taps[3 * (i - y + 1) + j - x + 1] for i, j in inputs], 1) for y, x in outputs])
-        result = nn.functional.linear(x.permute(0, 2, 3, 1).reshape(b, -1), matrix)  # (B, output pixels * out)
-        return result.view(b, -(-height // stride), -(-width // stride), self.out_channels).permute(0, 3, 1, 2)
+        """The convolution of at most 2x2 pixels: one matrix, as every output sees every input."""
+        b, _, height, width = x.shape
+        stride = self.stride[0]
+        out_height, out_width = ceil_div(height, stride), ceil_div(width, stride)
+        outputs = [(stride * y, stride * x) for y in range(out_height) for x in range(out_width)]
+        inputs = [(i, j) for i in range(height) for j in range(width)]
+
+        taps = self.weight.flatten(2).unbind(2)  # nine of (out, in)
+
+        def tap(y: int, x: int, i: int, j: int) -> Tensor:
+            """The weights through which the output at (y, x) sees the input at (i, j)."""
+            return taps[3 * (i - y + 1) + (j - x + 1)]
+
+        rows = [torch.cat([tap(y, x, i, j) for i, j in inputs], dim=1) for y, x in outputs]
+        matrix = torch.cat(rows)  # (output pixels * out, input pixels * in)
+        pixels = x.permute(0, 2, 3, 1).reshape(b, -1)  # (B, input pixels * in)
+        result = nn.functional.linear(pixels, matrix)  # (B, output pixels * out)
+        return result.view(b, out_height, out_width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class PatchConvolution(torch.autograd.Function):
-    """3x3 convolution, padding 1, by gathering every 3x3 patch: x (B, C, H, W), weight (O, C, 3, 3), stride."""
+    """3x3 convolution, padding 1, by gathering every 3x3 patch of the map.
+
+    x (B, C, H, W), weight (O, C, 3, 3), stride -> (B, O, H / stride, W / stride), rounded up.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         b, c, height, width = x.shape
-        ctx.stride, ctx.input_shape = stride, (b, height, width, c)
+        ctx.stride = stride
+        ctx.input_shape = (b, height, width, c)
+
         padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        taps = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
-        patches = torch.cat(taps, dim=3)  # (B, H / stride, W / stride, 9 C), sides rounded up
+        seen = [seen_by(tap, padded, height, width, stride) for tap in range(9)]
+        patches = torch.cat(seen, dim=3)  # (B, H / stride, W / stride, 9 C)
         matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, 9 C)
         ctx.save_for_backward(patches, matrix)
         return (patches @ matrix.T).permute(0, 3, 1, 2)
@@ -55,12 +101,26 @@ class PatchConvolution(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         patches, matrix = ctx.saved_tensors
-        (b, height, width, c), stride = ctx.input_shape, ctx.stride
+        b, height, width, c = ctx.input_shape
         grad = grad_output.permute(0, 2, 3, 1)  # (B, H / stride, W / stride, O)
         grad_matrix = grad.flatten(0, 2).T @ patches.flatten(0, 2)  # (O, 9 C)
-        padded = grad.new_zeros(b, height + 2, width + 2, c, dtype=torch.promote_types(grad.dtype, torch.float32))
-        for tap, grad_tap in enumerate((grad @ matrix).split(c, dim=3)):  # each patch gives to the pixels it came from
-            i, j = divmod(tap, 3)
-            padded[:, i : i + height : stride, j : j + width : stride] += grad_tap
+        grad_weight = grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2)
+
+        # Each patch gives to the pixels it came from; summed in float32 at least.
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        padded = grad.new_zeros(b, height + 2, width + 2, c, dtype=dtype)
+        for tap, grad_tap in enumerate((grad @ matrix).split(c, dim=3)):
+            seen_by(tap, padded, height, width, ctx.stride).add_(grad_tap)
         grad_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2).to(grad.dtype)
-        return grad_x, grad_matrix.view(-1, 3, 3, c).permute(0, 3, 1, 2), None
+        return grad_x, grad_weight, None
+
+
+def seen_by(tap: int, padded: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The pixels that one of the nine taps sees: a view of `padded` (B, H + 2, W + 2, C)."""
+    i, j = divmod(tap, 3)
+    return padded[:, i : i + height : stride, j : j + width : stride]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -1,62 +1,139 @@
-"""A dataclass as a command line: every field is a flag, `--config FILE.yaml` reads any of them."""
+"""Dataclasses as a command line: every field is a flag, and --config reads a file of them."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
+import docstring_parser
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from machinery.devices import resolve_device
+from machinery.devices import Machine, resolve_device, resolve_precision, started_together
+from machinery.durations import parse_duration
 from machinery.errors import TimeIsUp, UserError, check, is_out_of_memory
 from machinery.files import check_output_dir, write_atomically
 
+# ------------------------------------------------------------------------------------------------
+# Settings: what a script can be told
+# ------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What a value must be: a test, and the words for it."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def at_least(least: int) -> Rule:
+    return Rule(lambda value: value >= least, f"at least {least}")
+
+
+POSITIVE = Rule(lambda value: 0 < value < math.inf, "a positive number")
+NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "0 or more")
+PROBABILITY = Rule(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")
+SHARE = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+PART = Rule(lambda value: 0 < value < 1, "between 0 and 1")
+BELOW_1 = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+class Settings:
+    """Some of a script's flags: a dataclass, with a docstring under each field for its --help.
+
+    They stand beside the code that obeys them. A script's configuration inherits from all of its
+    settings, so that a function takes the whole configuration where it asks for a part of it.
+    """
+
+    title: ClassVar[str]
+    """the heading over these flags in --help"""
+
+    def validate(self) -> None:
+        """Check what the types alone do not: ranges, files, devices. Raises UserError."""
+
+    def require(self, flags: str, rule: Rule) -> None:
+        """Check `flags`, names with spaces between, against a rule. Raises UserError.
+
+        None stands for a flag that was not given, and keeps every rule.
+        """
+        for flag in flags.split():
+            value = getattr(self, flag)
+            check(value is None or rule.holds(value), f"--{flag} must be {rule.words}, got {value}")
+
 
 @dataclass
-class RunConfig:
-    """What every script's configuration begins with."""
+class DataSettings(Settings):
+    """Which images."""
+
+    title: ClassVar[str] = "data"
 
     dataset: str = "cifar10"
-    """cifar10, cifar100, stl10, digits, or a folder of images: DIR/train/<class>/*, DIR/test/<class>/*"""
+    """cifar10, cifar100, stl10, digits, or a folder of images: DIR/train/<class>/*,
+    DIR/test/<class>/*"""
     data_dir: str = "data"
     """where data sets are downloaded to, and decoded image folders are cached"""
     image_size: int | None = None
-    """side in pixels to which the images of a folder are brought (32 unless given); other sets keep their own"""
+    """side in pixels to which the images of a folder are brought (32 unless given); other sets
+    keep their own"""
+
+    def validate(self) -> None:
+        super().validate()
+        check(self.dataset != "", "--dataset is empty: name a data set or a folder")
+        size = self.image_size
+        fits = size is None or 4 <= size <= 1024
+        check(fits, f"--image_size must be between 4 and 1024 pixels, got {size}")
+
+
+@dataclass
+class RunConfig(DataSettings):
+    """What every script's configuration begins with."""
+
+    title: ClassVar[str] = "run and machine"
+    script: ClassVar[str] = "script.py"
+    """the file whose configuration this is"""
+    of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
+    """flags that say nothing about a run's outcome: not kept in its config.yaml, and free to
+    change when it is resumed"""
+
     output_dir: str | None = None
-    """folder for this run's results; unless given, a new one named after script, data set and time, in runs/"""
+    """folder for this run's results; unless given, a new one named after script, data set and
+    time, in runs/"""
+    resume: str | None = None
+    """continue an interrupted run: its folder, or nothing for the newest one"""
     seed: int = 0
     """decides initial weights, splits, order, augmentation and dropout"""
     accelerator: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute; auto takes a CUDA GPU, else Apple's, else the CPU"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """float32, or bfloat16 autocast; auto takes bfloat16 where the processor computes it fast"""
-    resume: str | None = None
-    """continue an interrupted run: its folder, or nothing for the newest one"""
-
-    of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
-    """what says nothing about a run's outcome: not in its config.yaml, and free to differ when it is resumed"""
 
     def validate(self) -> None:
-        """Check the values that types alone do not (ranges, existing devices). Raises UserError."""
-        check(self.dataset != "", "--dataset is empty: name a data set or a folder")
+        super().validate()
         check(0 <= self.seed < 2**32, f"--seed must be between 0 and 2^32 - 1, got {self.seed}")
-        size = self.image_size
-        check(size is None or 4 <= size <= 1024, f"--image_size must be between 4 and 1024 pixels, got {size}")
         resolve_device(self.accelerator)
         if self.output_dir is not None and self.resume is None and is_first_process(self):
             check_output_dir(Path(self.output_dir))
 
     @property
+    def machine(self) -> Machine:
+        """Where to compute, and in which precision. Raises UserError for a missing device."""
+        device = resolve_device(self.accelerator)
+        return Machine(device, resolve_precision(self.precision, device))
+
+    @property
     def may_grow(self) -> tuple[str, ...]:
-        """What a resumed run may raise, as all that was done so far would have been done all the same."""
+        """The flags that a resumed run may raise: what it has done so far stays valid."""
         return ()
 
     @property
@@ -68,71 +145,226 @@ class RunConfig:
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
+@dataclass
+class SeveralDevices(RunConfig):
+    """For a training that several devices share, one process each."""
+
+    devices: int = 1
+    """GPUs (or processes, on the CPU) of this machine to train on"""
+    num_nodes: int = 1
+    """machines to train on, each with that many devices"""
+    max_time: str | None = None
+    """end training after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with
+    --resume"""
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.num_nodes
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("devices num_nodes", at_least(1))
+        if self.max_time is not None:
+            parse_duration(self.max_time)
+
+        device = resolve_device(self.accelerator)
+        processors = os.cpu_count() or 1
+        here = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processors}[device]
+        has = f"this machine has {here} for --accelerator {device}"
+        check(self.devices <= here, f"--devices {self.devices}: {has}")
+        if self.processes > 1:
+            self.validate_start(started_together())
+
+    def validate_start(self, started: int | None) -> None:
+        """Check that torchrun or SLURM, if they `started` this process, started enough of them."""
+        wanted = (
+            f"--devices {self.devices} on --num_nodes {self.num_nodes} "
+            f"are {self.processes} processes"
+        )
+        if started is None:
+            remedy = "start them with torchrun or srun, on each node as many as devices"
+            check(self.num_nodes == 1, f"{wanted}: {remedy}")
+            return
+
+        how = f"torchrun --nproc_per_node {self.devices}, or srun --ntasks-per-node {self.devices}"
+        check(started == self.processes, f"{wanted}, but {started} were started: use {how}")
+        reason = "processes started together have to agree on the run's folder"
+        named = self.output_dir is not None or self.resume is not None
+        check(named, f"--output_dir must be given: {reason}")
+
+
 def is_first_process(config: RunConfig) -> bool:
-    """Whether this process is the first of those that train together: it alone prints and writes."""
+    """Whether this is the first of the processes that train together.
+
+    It alone prints and writes.
+    """
     return config.processes == 1 or getattr(rank_zero_only, "rank", 0) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# From words to a configuration
+# ------------------------------------------------------------------------------------------------
+
+
+class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the code, with the example commands as they stand in the docstring."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100, max_help_position=28)
 
 
 class OneLineParser(jsonargparse.ArgumentParser):
     """jsonargparse's parser, with each error as one line that names the flag."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
-        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-        message = re.sub(r"a <class '(\w+)'>", r"a value of type \1", message)
-        message = re.sub(r"unrecognized arguments: (.*)", r"unknown flag or argument: \1 (see --help)", message)
-        message = re.sub(r"Option '(.*?)' is not accepted", r"unknown key '\1' in the --config file", message)
+        kinder = {
+            r'Parser key "([^"]+)":': r"--\1:",
+            r"a typing\.Literal\[(.*?)\]": r"one of \1",
+            r"a <class '(\w+)'>": r"a value of type \1",
+            r"unrecognized arguments: (.*)": r"unknown flag or argument: \1 (see --help)",
+            r"Option '(.*?)' is not accepted": r"unknown key '\1' in the --config file",
+            r"argument --(\w+)/--no-\w+: invalid \w+ value: (.*)": r"--\1: true or false, not \2",
+        }
+        for pattern, words in kinder.items():
+            message = re.sub(pattern, words, message)
         raise UserError(" ".join(message.split()))
 
 
 def make_parser(config_class: type[RunConfig], description: str | None) -> OneLineParser:
-    """The command line of a script: one flag per field of its dataclass, `--config FILE.yaml` and `--print_config`."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = OneLineParser(description=(description or "").split("\n\n")[0], allow_abbrev=False)
+    """The command line of a script: a flag per field of its dataclass, in a group per settings.
+
+    Besides, `--config FILE.yaml` reads any of them, and `--print_config` prints them as YAML.
+    `description` is the script's docstring, up to and with its example commands.
+    """
+    parser = OneLineParser(
+        usage=f"python {config_class.script} [--flag value ...]",
+        description=summary(description or ""),
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the values below")
-    parser.add_class_arguments(config_class, as_group=False)
+
+    types = typing.get_type_hints(config_class)
+    for title, settings in groups(config_class).items():
+        group = parser.add_argument_group(title)
+        for name, words in settings.items():
+            default = getattr(config_class, name)
+            if types[name] is bool:
+                yes_or_no: Any = jsonargparse.ActionYesNo(no_prefix="no-")  # --name, --no-name
+                group.add_argument(
+                    f"--{name}", action=yes_or_no, nargs="?", default=default, help=words
+                )
+            else:
+                group.add_argument(f"--{name}", type=types[name], default=default, help=words)
     return parser
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str | None = None) -> ConfigT:
+def summary(docstring: str) -> str:
+    """A script's docstring as far as a newcomer needs it: until its first example commands end."""
+    paragraphs = docstring.split("\n\n")
+    commands = [i for i, text in enumerate(paragraphs) if text.startswith("    python ")]
+    return "\n\n".join(paragraphs[: commands[0] + 1 if commands else 1]).strip()
+
+
+def groups(config_class: type[RunConfig]) -> dict[str, dict[str, str]]:
+    """{title: {flag: its help}}: the data first, then the script's own, the machine last."""
+    found: dict[str, dict[str, str]] = {DataSettings.title: {}}
+    place: dict[str, str] = {}
+    for settings in reversed(config_class.__mro__):
+        if not (issubclass(settings, Settings) and is_dataclass(settings)):
+            continue
+        params = docstring_parser.parse_from_object(settings).params
+        told = {param.arg_name: " ".join((param.description or "").split()) for param in params}
+        for name in (field.name for field in fields(settings)):
+            if name in told or name not in place:  # a subclass may tell a flag anew, in its place
+                title = place.setdefault(name, settings.title)
+                found.setdefault(title, {})[name] = told.get(name, "")
+
+    machine = found.pop(RunConfig.title)
+    return found | {RunConfig.title: machine}
+
+
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str], description: str | None = None
+) -> ConfigT:
     """Turn command-line words into a validated configuration.
 
-    With `--resume`, the configuration is the one that the interrupted run saved; other flags may repeat it, or raise
-    what `may_grow`. Raises UserError for anything that is not right; exits 0 after `--help` or `--print_config`.
+    With --resume, the configuration is the one that the interrupted run saved; other flags may
+    repeat it, or raise what `may_grow`. Raises UserError for anything that is not right; exits
+    with status 0 after --help or --print_config.
     """
-    argv = list(argv)
-    for i, word in enumerate(argv):  # a bare --resume means the newest run
-        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            argv[i] = "--resume=latest"
+    words = in_order(argv)
     parser = make_parser(config_class, description)
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--config" or word.startswith("--config="):
-            check_yaml(Path(word.partition("=")[2] or following))
-    given = parser.parse_args(argv)
+    given = parser.parse_args(words)
     if given.resume is not None:
-        folder = newest_run(Path(sys.argv[0]).stem) if given.resume == "latest" else Path(given.resume)
-        saved_file = folder / "config.yaml"
-        check(saved_file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
-        check_yaml(saved_file)
-        try:
-            saved = parser.parse_args(["--config", str(saved_file)])
-        except UserError as error:
-            raise UserError(f"--resume {folder}: its config.yaml is not one of this script's ({error})") from None
-        given = parser.parse_args(["--config", str(saved_file), *argv])
-        same = ("config", *config_class.of_the_session)
-        may_grow = config_class(**{field.name: saved[field.name] for field in fields(config_class)}).may_grow
-        differing = [k for k in vars(saved) if k not in same and saved[k] != given[k]]
-        wrong = [k for k in differing if k not in may_grow or saved[k] > given[k]]
-        began = " and ".join(f"--{key} {saved[key]}" for key in wrong)
-        check(not wrong, f"--resume {folder}: that run began with {began}, which must stay: leave it out")
-        for key in differing:
-            print(f"--{key} raised from {saved[key]} to {given[key]}: what was done so far stays valid")
-        given.resume, given.output_dir = str(folder), str(folder)
-    for field in fields(config_class):
-        check(given[field.name] is not None or field.default is None, f"--{field.name} must have a value, not null")
-    config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
+        newest = given.resume == "latest"
+        folder = newest_run(config_class.script) if newest else Path(given.resume)
+        given = resumed(parser, config_class, folder, words)
+
+    config = build(config_class, given)
     config.validate()
     return config
+
+
+def in_order(argv: Sequence[str]) -> list[str]:
+    """The same words with --config FILE first: flags win over the file, wherever it stands.
+
+    A bare --resume becomes --resume=latest. Raises UserError for a file that is not YAML.
+    """
+    files: list[str] = []
+    others: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            word = f"--config={words.pop(0)}"
+        if word == "--resume" and (not words or words[0].startswith("--")):
+            word = "--resume=latest"
+        if word.startswith("--config="):
+            check_yaml(Path(word.partition("=")[2]))
+            files.append(word)
+        else:
+            others.append(word)
+    return files + others
+
+
+def resumed(
+    parser: OneLineParser, config_class: type[ConfigT], folder: Path, words: Sequence[str]
+) -> jsonargparse.Namespace:
+    """What the run in `folder` saved, with what `words` may change about it. Raises UserError."""
+    file = folder / "config.yaml"
+    check(file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
+    check_yaml(file)
+    try:
+        saved = parser.parse_args([f"--config={file}"])
+    except UserError as error:
+        problem = f"its config.yaml is not one of this script's ({error})"
+        raise UserError(f"--resume {folder}: {problem}") from None
+
+    given = parser.parse_args([f"--config={file}", *words])
+    free = ("config", *config_class.of_the_session)
+    changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
+    may_grow = build(config_class, saved).may_grow
+    refused = [key for key in changed if key not in may_grow or given[key] < saved[key]]
+    began = " and ".join(f"--{key} {saved[key]}" for key in refused)
+    check(
+        not refused,
+        f"--resume {folder}: that run began with {began}, which must stay: leave it out",
+    )
+    for key in changed:
+        before, now = saved[key], given[key]
+        print(f"--{key} raised from {before} to {now}: what was done so far stays valid")
+
+    given.resume = given.output_dir = str(folder)
+    return given
+
+
+def build(config_class: type[ConfigT], given: jsonargparse.Namespace) -> ConfigT:
+    """The configuration with the values that a parser found. Raises UserError for a null."""
+    for field in fields(config_class):
+        there = given[field.name] is not None or field.default is None
+        check(there, f"--{field.name} must have a value, not null")
+    return config_class(**{field.name: given[field.name] for field in fields(config_class)})
 
 
 def check_yaml(file: Path) -> None:
@@ -148,49 +380,85 @@ def check_yaml(file: Path) -> None:
 
 
 def newest_run(script: str, runs: Path = Path("runs")) -> Path:
-    """The most recently changed run folder of `script` below `runs`. Raises UserError when there is none."""
-    found = [path.parent for path in runs.glob(f"{script}-*/config.yaml")]
-    check(bool(found), f"--resume: no run of {script} in {runs}/; give the run's folder, --resume DIR")
-    # A folder changes when a file in it is renamed or made: the run's own, or its checkpoints'.
-    return max(found, key=lambda run: max(path.stat().st_mtime for path in (run, *run.glob("**/checkpoints"))))
+    """The most recently changed run folder of `script` below `runs`. Raises UserError."""
+    name = Path(script).stem
+    found = [path.parent for path in runs.glob(f"{name}-*/config.yaml")]
+    remedy = "give the run's folder, --resume DIR"
+    check(bool(found), f"--resume: no run of {name} in {runs}/; {remedy}")
+
+    def changed(run: Path) -> float:
+        # A folder changes when a file in it is made or renamed: the run's, or its checkpoints'.
+        return max(path.stat().st_mtime for path in (run, *run.glob("**/checkpoints")))
+
+    return max(found, key=changed)
+
+
+# ------------------------------------------------------------------------------------------------
+# From a configuration to a file, and back
+# ------------------------------------------------------------------------------------------------
 
 
 def as_yaml(config: RunConfig) -> str:
-    """A configuration as the YAML that `--config` reads, without what is of one session only."""
-    values = {key: value for key, value in asdict(config).items() if key not in config.of_the_session}
-    plain = {
-        k: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else yaml.safe_dump(v) for k, v in values.items()
-    }
-    return "".join(f"{key}: {text.splitlines()[0]}\n" for key, text in plain.items())
+    """A configuration as the YAML that --config reads, without what belongs to one session."""
+    lines = []
+    for key, value in asdict(config).items():
+        if key in config.of_the_session:
+            continue
+        # JSON's quotes keep every text what it is; YAML's own may fold a long one.
+        is_text = isinstance(value, str)
+        text = json.dumps(value, ensure_ascii=False) if is_text else yaml.safe_dump(value)
+        lines.append(f"{key}: {text.splitlines()[0]}\n")
+    return "".join(lines)
 
 
 def save_config(file: Path, config: RunConfig) -> None:
-    """Write a configuration as the YAML that `--config` reads."""
+    """Write a configuration as the YAML that --config reads."""
     write_atomically(file, as_yaml(config).encode())
 
 
-def command_line(main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None) -> NoReturn:
-    """Run `main(config)` as a program: user errors and Ctrl-C end in one line on stderr, without a traceback."""
-    script = Path(sys.argv[0]).name
+def load_config(config_class: type[ConfigT], file: Path) -> ConfigT:
+    """Read a configuration that `save_config` wrote, today's defaults for what it lacks."""
+    parser = make_parser(config_class, None)
+    return build(config_class, parser.parse_args([f"--config={file}"]))
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+# ------------------------------------------------------------------------------------------------
+
+
+def command_line(
+    main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None
+) -> NoReturn:
+    """Run `main(config)` as a program.
+
+    User errors and Ctrl-C end in one line on stderr, without a traceback.
+    """
+    script = config_class.script
     try:
         config = parse_config(config_class, sys.argv[1:], description)
         if config.processes == 1:
-            rank_zero_only.rank = 0  # type: ignore[attr-defined] # started by srun, say, but a run of its own
+            # A run of its own, even where srun started it as one of several.
+            rank_zero_only.rank = 0  # type: ignore[attr-defined]
         elif not is_first_process(config):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
         main(config)
-    except (UserError, OSError) as error:  # an OSError names its file, such as a folder that may not be read
-        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError) as error:  # an OSError names its file, one without access, say
+        fail(script, f"error: {' '.join(str(error).split())}", status=2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{script}: error: out of memory: take smaller batches, or a smaller network", file=sys.stderr)
-        sys.exit(2)
+        fail(script, "error: out of memory: take smaller batches, or a smaller network", status=2)
     except TimeIsUp as time_is_up:
         print(f"--max_time is over; {time_is_up}")
     except KeyboardInterrupt as interrupt:
+        print(file=sys.stderr)  # after the ^C that the terminal shows
         how = interrupt.args[0] if interrupt.args else "nothing new was saved yet"
-        print(f"\n{script}: interrupted; {how}", file=sys.stderr)
-        sys.exit(130)
+        fail(script, f"interrupted; {how}", status=130)
     sys.exit(0)
+
+
+def fail(script: str, message: str, status: int) -> NoReturn:
+    """End the program with one line on stderr."""
+    print(f"{script}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""What can go wrong in a way that a user can mend, and how to say so in one line."""
+"""What can go wrong in a way that the user can mend, and how it is said: in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Shown as one line on stderr that names the culprit and the remedy; exit status 2."""
+    """A mistake that the user can mend.
+
+    It is shown as one line on stderr that names the culprit and the remedy; exit status 2.
+    """
 
 
 class Diverged(UserError):
@@ -14,7 +17,7 @@ class Diverged(UserError):
 
 
 class CannotWrite(UserError):
-    """A file could not be written: the disk is full, say."""
+    """A file could not be written, because the disk is full, say."""
 
 
 class TimeIsUp(Exception):
@@ -28,7 +31,11 @@ def check(condition: bool, message: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch found no memory, for which it has several ways: the CPU's, CUDA's, and cuBLAS's and cuDNN's."""
+    """Whether an error says that there is no memory left.
+
+    PyTorch says so in several ways: the CPU's, CUDA's, cuBLAS's and cuDNN's.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
     words = ("out of memory", "allocate memory", "ALLOC_FAILED")
-    plain = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return plain or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -1,4 +1,4 @@
-"""Training with Lightning: checkpoints, the log of the epochs, the time limit, and the trainer itself."""
+"""Training with Lightning: checkpoints, the log of the epochs, the time limit, the trainer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from machinery.batches import EpochSeed
-from machinery.command_line import RunConfig
-from machinery.devices import prepare_device, resolve_device, resolve_precision
+from machinery.devices import Machine, prepare_device
+from machinery.durations import format_time, parse_duration
 from machinery.errors import Diverged, TimeIsUp, UserError, check
 from machinery.files import save_torch, write_csv
 
-STARTED = time.monotonic()
-
+STARTED = time.monotonic()  # when the program did, all but Python and PyTorch themselves
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -39,7 +37,9 @@ STARTED = time.monotonic()
 class SafeCheckpoints(TorchCheckpointIO):
     """A checkpoint appears whole or not at all, and the one before it is kept beside it."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name("fresh.ckpt")
@@ -55,9 +55,9 @@ def previous(checkpoint: Path) -> Path:
 
 
 def newest_sound(checkpoint: Path) -> Path | None:
-    """`checkpoint`, or the one before it if it is damaged (with a warning), or None where there is none.
+    """`checkpoint`, or the one before it if that is damaged, or None where there is none.
 
-    Raises UserError if all there are damaged.
+    Says so if it is damaged. Raises UserError if all there are damaged.
     """
     there = [path for path in (checkpoint, previous(checkpoint)) if path.is_file()]
     for path in there:
@@ -67,32 +67,38 @@ def newest_sound(checkpoint: Path) -> Path | None:
             continue
         if path != there[0]:
             print(f"warning: {there[0]} is damaged; going on from {path}", file=sys.stderr)
-            there[0].unlink(missing_ok=True)  # lest it take the place of the sound one before it
+            # The next checkpoint would move the damaged one over the sound one.
+            there[0].unlink(missing_ok=True)
         return path
-    check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; start afresh, without --resume")
+
+    remedy = "start afresh, without --resume"
+    check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; {remedy}")
     return None
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint as data, on the CPU: one that holds code, or whose checksums are wrong, raises UserError."""
+    """Read a checkpoint as data, on the CPU. Raises UserError if it holds code or is damaged."""
     try:
-        with zipfile.ZipFile(file) as archive:  # PyTorch writes checksums, but does not compare them
+        with zipfile.ZipFile(file) as archive:  # PyTorch writes checksums, but never compares them
             if archive.testzip() is not None:
                 raise ValueError
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can fail in many ways
-        raise UserError(f"{file} is damaged, or no checkpoint of plain data: take another, or start afresh") from None
+        problem = f"{file} is damaged, or no checkpoint of plain data"
+        raise UserError(f"{problem}: take another, or start afresh") from None
 
 
 class Checkpoints(Checkpoint):
-    """Saves last.ckpt after every epoch, and best.ckpt when the `best` metric is higher than in all epochs before.
+    """Saves last.ckpt after every epoch, and best.ckpt when the `best` metric reaches a new high.
 
-    What was best is read from the log, whose rows travel in last.ckpt, as do the best weights: what a resumed run
-    believes to be the best is what it has, whatever became of best.ckpt.
+    What was best is read from the log, whose rows travel in last.ckpt, as do the best weights. So
+    a resumed run knows its best epoch and has its weights, whatever became of best.ckpt.
     """
 
     def __init__(self, folder: Path, log: EpochLog, best: str | None = None) -> None:
-        self.folder, self.epoch_log, self.best = folder, log, best
+        self.folder = folder
+        self.epoch_log = log
+        self.best = best
         self.best_weights: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,53 +107,41 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_weights = state_dict["best_weights"]
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if self.best is not None:
             *earlier, newest = [row[self.best] for row in self.epoch_log.rows]
             if all(newest > value for value in earlier):
-                self.best_weights = {name: value.cpu().clone() for name, value in pl_module.state_dict().items()}
+                state = pl_module.state_dict()
+                self.best_weights = {name: value.cpu().clone() for name, value in state.items()}
                 trainer.save_checkpoint(self.folder / "best.ckpt")
-        trainer.save_checkpoint(self.folder / "last.ckpt")  # after it: a run killed in between redoes this epoch
+
+        # After best.ckpt: a run that is killed between the two does this epoch again.
+        trainer.save_checkpoint(self.folder / "last.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------
-# The time limit and the log of the epochs
+# Callbacks: the log of the epochs, the check of the loss, the time limit
 # ------------------------------------------------------------------------------------------------
-
-
-class TimeLimit(Callback):
-    """--max_time: training ends after the last epoch that fits, and is saved. Counted once the libraries are loaded.
-
-    One epoch is trained in any case: a run that is resumed again and again comes to its end.
-    """
-
-    def __init__(self, max_time: str | None, log: EpochLog) -> None:
-        self.end, self.epoch_log = STARTED + (parse_duration(max_time) if max_time else math.inf), log
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        fits = time.monotonic() + self.epoch_log.rows[-1]["seconds"] < self.end
-        trainer.should_stop = trainer.strategy.broadcast(not fits)  # the first process decides for all
-
-
-def parse_duration(max_time: str) -> float:
-    """Seconds of a duration in Lightning's format, DD:HH:MM:SS. Raises UserError."""
-    try:
-        return Timer(max_time).time_remaining() or 0.0
-    except (ValueError, MisconfigurationException):
-        raise UserError(f"--max_time {max_time}: give days, hours, minutes and seconds as DD:HH:MM:SS") from None
 
 
 class EpochLog(Callback):
-    """One row per epoch: printed as a line, kept in `rows`, written to metrics.csv and to TensorBoard.
+    """One row per epoch: printed as a line, kept in `rows`, written to metrics.csv and TensorBoard.
 
-    What `training_step` returns ({"loss": ..., "accuracy": ...}, means over a batch) becomes train_loss and so on,
-    the means over the epoch's images; what a module logs in validation stands beside it.
+    What `training_step` returns ({"loss": ..., "accuracy": ...}, means over a batch) becomes
+    train_loss and so on, the means over the epoch's images. What a module logs in validation
+    stands beside it. `names` says how to print a metric: {"knn": "k-NN"} for knn_accuracy.
 
-    The rows travel in the checkpoint, so that a resumed run's metrics.csv has every epoch exactly once.
+    The rows travel in the checkpoint, so that a resumed run has every epoch exactly once.
     """
 
-    def __init__(self, file: Path | None = None, quiet: bool = False, rate: str = "--learning_rate") -> None:
-        self.file, self.quiet, self.rate = file, quiet, rate  # rate: the flag to lower when the loss diverges
+    def __init__(
+        self, file: Path | None = None, quiet: bool = False, names: dict[str, str] | None = None
+    ) -> None:
+        self.file = file
+        self.quiet = quiet
+        self.names = names or {}
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,98 +150,169 @@ class EpochLog(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self.start = self.training_end = time.perf_counter()
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.sums: dict[str, Tensor] = {}
         self.means: dict[str, float] = {}
         self.images = 0
-        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.to_check: list[tuple[int, float, Tensor]] = []  # step, its learning rate, its loss
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self.step_rate = trainer.optimizers[0].param_groups[0]["lr"]  # before the step's schedule changes it
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        n, last, loss = len(batch[0]), batch_idx + 1 == trainer.num_training_batches, outputs["loss"].detach()
-        self.to_check.append((trainer.global_step, self.step_rate, loss))
-        if last or loss.device.type == "cpu" or len(self.to_check) == 50:  # to look is to wait for the GPU
-            self.check_finite(trainer)
-        for name, value in outputs.items():  # what training_step returned; `self.log` there costs a tenth of a step
+        # Summed here from what training_step returns: `self.log` there costs a tenth of a step.
+        n = len(batch[0])
+        for name, value in outputs.items():
             self.sums[name] = self.sums.get(name, 0) + n * value.detach()
         self.images += n
-        if last:
-            self.means = {
-                f"train_{name}": float(trainer.strategy.reduce(total, reduce_op="mean")) / self.images
-                for name, total in self.sums.items()
-            }
+
+        if batch_idx + 1 == trainer.num_training_batches:
+            for name, total in self.sums.items():
+                over_devices = float(trainer.strategy.reduce(total, reduce_op="mean"))
+                self.means[f"train_{name}"] = over_devices / self.images
         self.training_end = time.perf_counter()
 
-    def check_finite(self, trainer: lightning.Trainer) -> None:
-        """Raise Diverged if a loss that was kept for it is not finite."""
-        to_check, self.to_check = self.to_check, []
-        for step, rate, loss in to_check:
-            if not math.isfinite(loss):
-                self.diverged(trainer, f"step {step}, learning rate {rate:g}")
-
-    def diverged(self, trainer: lightning.Trainer, where: str) -> NoReturn:
-        saved = self.file.with_name("checkpoints") / "last.ckpt" if self.file and self.rows else "none"
-        where = f"epoch {trainer.current_epoch + 1}, {where}; last good checkpoint: {saved}"
-        raise Diverged(f"the loss is not finite ({where}): start a new run with a lower {self.rate}")
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        held_out = {name: float(value) for name, value in trainer.callback_metrics.items()} if validated else {}
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        images = trainer.world_size * self.images
         row = {
             "epoch": trainer.current_epoch + 1,
             **self.means,
-            **held_out,
+            **held_out_metrics(trainer),
             "learning_rate": self.learning_rate,
-            "images_per_second": round(trainer.world_size * self.images / (self.training_end - self.start), 1),
+            "images_per_second": round(images / (self.training_end - self.start), 1),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
-        if not all(math.isfinite(value) for value in row.values()):  # of the held-out images
-            self.diverged(trainer, f"step {trainer.global_step}, learning rate {self.learning_rate:g}")
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["epoch"]))
         if self.file is not None and trainer.is_global_zero:
             write_csv(self.file, self.rows)
+
         if not self.quiet:
-            pl_module.print(self._line(row, trainer.max_epochs or 0))  # above the progress bar, if there is one
+            seconds = float(np.mean([row["seconds"] for row in self.rows]))
+            line = epoch_line(row, trainer.max_epochs or 0, seconds, self.names)
+            pl_module.print(line)  # above the progress bar, if there is one
             sys.stdout.flush()
 
-    def _line(self, row: dict[str, float], epochs: int) -> str:
-        words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-        for split in ("train", "validation", "knn"):
-            loss, accuracy = row.get(f"{split}_loss"), row.get(f"{split}_accuracy")
-            if loss is not None:
-                words.append(f"{split} loss {loss:.4f}")
-            if accuracy is not None:
-                words.append(f"{100 * accuracy:.1f} %" if loss is not None else f"k-NN {100 * accuracy:.1f} %")
-        words += [f"lr {row['learning_rate']:.2g}", f"{row['images_per_second']:,.0f} images/s"]
-        left = (epochs - row["epoch"]) * float(np.mean([r["seconds"] for r in self.rows]))
-        return "  ".join(words) + (f"  {format_time(left)} left" if left else "")
+
+def held_out_metrics(trainer: lightning.Trainer) -> dict[str, float]:
+    """What the module logged in validation, if this epoch had one."""
+    if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):
+        return {}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def format_time(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+def epoch_line(
+    row: dict[str, float], epochs: int, seconds: float, names: dict[str, str] | None = None
+) -> str:
+    """One epoch for people: its losses and accuracies, its pace, and the time left.
+
+    `seconds` is what an epoch takes; `names` says how to call a split, if not by its own name.
+    """
+    words = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+    measured = [key for key in row if key.endswith(("_loss", "_accuracy"))]
+    for split in dict.fromkeys(key.rpartition("_")[0] for key in measured):
+        name = (names or {}).get(split, split)
+        loss, accuracy = row.get(f"{split}_loss"), row.get(f"{split}_accuracy")
+        if loss is not None:
+            words.append(f"{name} loss {loss:.4f}")
+            name = ""  # the accuracy stands beside it
+        if accuracy is not None:
+            words.append(f"{name} {100 * accuracy:.1f} %".strip())
+
+    words.append(f"lr {row['learning_rate']:.2g}")
+    words.append(f"{row['images_per_second']:,.0f} images/s")
+    if left := (epochs - row["epoch"]) * seconds:
+        words.append(f"{format_time(left)} left")
+    return "  ".join(words)
+
+
+class FiniteLoss(Callback):
+    """Ends the training as soon as its loss is not finite. Raises Diverged.
+
+    rate: the flag to lower then. last: the checkpoint to name as the last good one.
+    """
+
+    def __init__(self, rate: str = "--learning_rate", last: Path | None = None) -> None:
+        self.rate = rate
+        self.last = last
+        self.unchecked: list[tuple[int, float, Tensor]] = []  # step, its learning rate, its loss
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        # Before the step: its schedule then changes the rate.
+        self.step_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        loss = outputs["loss"].detach()
+        self.unchecked.append((trainer.global_step, self.step_rate, loss))
+
+        # To look at a loss is to wait for the GPU: there, many are looked at together.
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if is_last or loss.device.type == "cpu" or len(self.unchecked) == 50:
+            unchecked, self.unchecked = self.unchecked, []
+            for step, rate, value in unchecked:
+                if not math.isfinite(value):
+                    self.end(trainer, step, rate)
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if not all(math.isfinite(value) for value in held_out_metrics(trainer).values()):
+            self.end(trainer, trainer.global_step, self.step_rate)
+
+    def end(self, trainer: lightning.Trainer, step: int, rate: float) -> None:
+        saved = self.last if self.last and self.last.is_file() else "none"
+        where = f"epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}"
+        raise Diverged(
+            f"the loss is not finite ({where}; last good checkpoint: {saved}): "
+            f"start a new run with a lower {self.rate}"
+        )
+
+
+class TimeLimit(Callback):
+    """--max_time: training ends after the last epoch that fits, counted from the program's start.
+
+    One epoch is trained in any case: a run that is resumed again and again comes to its end.
+    """
+
+    def __init__(self, max_time: str | None, log: EpochLog) -> None:
+        self.end = STARTED + (parse_duration(max_time) if max_time else math.inf)
+        self.epoch_log = log
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        next_end = time.monotonic() + self.epoch_log.rows[-1]["seconds"]
+        stop = next_end >= self.end
+        trainer.should_stop = trainer.strategy.broadcast(stop)  # the first process decides for all
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with its time to go, epochs counted from 1; the numbers stand in the epoch lines above it."""
+    """Lightning's bar with its time to go; the numbers stand in the epoch lines above it."""
 
     def get_metrics(self, *_: Any) -> dict[str, Any]:
         return {}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"  # counted from 1
+        self.train_progress_bar.set_description(epoch)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,44 +321,60 @@ class ProgressBar(TQDMProgressBar):
 
 
 def make_trainer(
-    config: RunConfig,
+    machine: Machine,
+    seed: int,
     epochs: int,
+    log: EpochLog,
     callbacks: Sequence[Callback] = (),
     *,
     folder: Path | None = None,
-    log: EpochLog | None = None,
     checkpoint: Checkpoints | None = None,
+    rate: str = "--learning_rate",
     max_time: str | None = None,
     devices: int = 1,
     num_nodes: int = 1,
     **options: Any,
 ) -> lightning.Trainer:
-    """A Lightning trainer that is quiet, seeded per epoch, and writes into `folder` (TensorBoard) if it is given.
+    """A Lightning trainer that is quiet, seeded per epoch, and logs to `log`.
 
-    Progress bar on a terminal only; the epoch lines come from `log`. `options` are further ones of Lightning's Trainer.
-    Several devices train by DDP, one process each; on GPUs, BatchNorm then sees the batches of all.
+    With a `folder`, TensorBoard's events go there. A progress bar appears on a terminal only.
+    Several devices train by DDP, one process each; on GPUs, BatchNorm then sees the batches of
+    all. `rate` is the flag to lower when the loss diverges; `options` are further ones of
+    Lightning's Trainer.
     """
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.loggers import TensorBoardLogger  # slow to import, and not for --help
 
     quiet_libraries()
-    device = resolve_device(config.accelerator)
-    prepare_device(config)
-    on_terminal = sys.stdout.isatty() and not (log and log.quiet)
-    limit = TimeLimit(max_time, log) if log else None
-    extra = [log, limit, checkpoint, ProgressBar(leave=False) if on_terminal else None]
+    prepare_device(machine)
+    on_terminal = sys.stdout.isatty() and not log.quiet
     several = devices * num_nodes > 1
+
+    # In this order, as Lightning calls them: a loss that is not finite never reaches the log; the
+    # log writes an epoch's row; the time limit and the checkpoint read that row.
+    finite = FiniteLoss(rate, checkpoint.folder / "last.ckpt" if checkpoint else None)
+    ordered: list[Callback] = [EpochSeed(seed), *callbacks, finite, log, TimeLimit(max_time, log)]
+    if on_terminal:
+        ordered.append(ProgressBar(leave=False))
+    if checkpoint:
+        ordered.append(checkpoint)
+
+    if several and folder:
+        # Lightning starts the other processes with sys.argv: they are to join this run.
+        sys.argv[1:] = ["--resume", str(folder)]
+
+    # A training on one device is one, also inside a SLURM job or under torchrun.
+    alone = [] if several else [LightningEnvironment()]
     return lightning.Trainer(
-        accelerator=device,
+        accelerator=machine.device,
         devices=devices,
         num_nodes=num_nodes,
         strategy="ddp" if several else "auto",
-        sync_batchnorm=several and device == "cuda",
+        sync_batchnorm=several and machine.device == "cuda",
         use_distributed_sampler=False,  # Batches knows each rank's share
-        precision="bf16-mixed" if resolve_precision(config.precision, device) == "bf16" else "32-true",
+        precision="bf16-mixed" if machine.precision == "bf16" else "32-true",
         max_epochs=epochs,
-        callbacks=[EpochSeed(config.seed), *callbacks, *(callback for callback in extra if callback is not None)],
-        # LightningEnvironment: a training on one device is one, also inside a SLURM job or torchrun.
-        plugins=[SafeCheckpoints(), *([] if several else [LightningEnvironment()])],
+        callbacks=ordered,
+        plugins=[SafeCheckpoints(), *alone],
         logger=TensorBoardLogger(folder, name="", version="tensorboard") if folder else False,
         enable_checkpointing=checkpoint is not None,
         enable_progress_bar=on_terminal,
@@ -306,20 +387,24 @@ def make_trainer(
 
 def quiet_libraries() -> None:
     """Silence, at their cause, the messages that a user can do nothing about."""
-    for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and which accelerators were found
+    for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and what hardware there is
         logging.getLogger(name).setLevel(logging.ERROR)
     for deprecated in ("LeafSpec", "all_gather"):  # Lightning's use of PyTorch
         warnings.filterwarnings("ignore", message=f".*{deprecated}.*is deprecated")
 
 
-def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None) -> None:
-    """`trainer.fit`, from `checkpoint` if it is there. Ctrl-C stays KeyboardInterrupt, where Lightning exits.
+def fit(
+    trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None
+) -> None:
+    """`trainer.fit`, from `checkpoint` if it is there.
 
-    Of several processes, all but the first end here, by SystemExit. Raises TimeIsUp when --max_time ended the training,
-    UserError when it diverged, and when another process of it was lost.
+    Ctrl-C stays KeyboardInterrupt, where Lightning would exit. Of several processes, all but the
+    first end here, by SystemExit. Raises TimeIsUp when --max_time ended the training, and
+    UserError when it diverged or another process of it was lost.
     """
+    start_from = newest_sound(checkpoint) if checkpoint else None
     try:
-        trainer.fit(module, ckpt_path=newest_sound(checkpoint) if checkpoint else None, weights_only=True)
+        trainer.fit(module, ckpt_path=start_from, weights_only=True)
     except SystemExit:
         if trainer.interrupted and trainer.is_global_zero:
             raise KeyboardInterrupt from None
@@ -334,7 +419,9 @@ def fit(trainer: lightning.Trainer, module: lightning.LightningModule, checkpoin
             raise
         if not trainer.is_global_zero:
             sys.exit(2)
-        raise UserError("another process of this training was lost: go on with --resume") from None
+        problem = "another process of this training was lost"
+        raise UserError(f"{problem}: go on with --resume") from None
+
     if trainer.world_size > 1:
         torch.distributed.destroy_process_group()  # what follows is the first process's alone
     if not trainer.is_global_zero:

@@ -1,0 +1,237 @@
+"""Sets of images in memory: where they come from, and parts of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from images.folders import class_files, decode, flat_files
+from machinery.errors import UserError, check
+from machinery.files import locked
+
+# ------------------------------------------------------------------------------------------------
+# Data sets
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageDataset:
+    """A set of images in memory.
+
+    images: uint8 (N, C, H, W). labels: int64 (N,), each an index into `classes`.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor | None
+    test_images: Tensor | None
+    test_labels: Tensor | None
+    classes: tuple[str, ...]
+    unlabelled_images: Tensor | None = None
+
+    @property
+    def pretraining_images(self) -> Tensor:
+        """The images that need no labels: the unlabelled ones, or the training images."""
+        return self.train_images if self.unlabelled_images is None else self.unlabelled_images
+
+    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(train images, train labels, test images, test labels).
+
+        Raises UserError where the set lacks one of them, or has one class only.
+        """
+        if self.train_labels is None or self.test_images is None or self.test_labels is None:
+            raise UserError(
+                f"--dataset {self.name} has no classes or no test images, which this needs: lay "
+                f"them out as {self.name}/train/<class>/* and {self.name}/test/<class>/*, or run "
+                "--stages pretrain alone"
+            )
+        several = len(self.classes) > 1
+        check(
+            several,
+            f"--dataset {self.name} has one class only, where telling classes apart needs two",
+        )
+        return self.train_images, self.train_labels, self.test_images, self.test_labels
+
+
+def load_dataset(
+    name: str, data_dir: str | Path = "data", image_size: int | None = None
+) -> ImageDataset:
+    """Load a data set by name, or a folder of images.
+
+    A folder's images are made square, `image_size` pixels a side, 32 unless given. CIFAR-10, -100
+    and STL-10 are downloaded into `data_dir` when they are not there. Raises UserError.
+    """
+    if name == "digits":
+        return load_digits()
+
+    if name in ("cifar10", "cifar100", "stl10"):
+        try:
+            with locked(Path(data_dir)):  # two processes must not download it at once
+                return download(name, Path(data_dir))
+        except OSError as error:
+            problem = f"--data_dir {data_dir} cannot be used ({error.strerror})"
+            raise UserError(f"{problem}: name another folder") from None
+
+    known = "cifar10, cifar100, stl10, digits"
+    check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of {known}")
+    return load_folder(Path(name), Path(data_dir), image_size or 32)
+
+
+def load_digits() -> ImageDataset:
+    """scikit-learn's 1,797 real 8 x 8 scans of digits, as grey RGB; every fifth is a test image."""
+    from sklearn import datasets
+
+    scans = datasets.load_digits()
+    grey = torch.from_numpy(scans.images * (255 / 16))  # (N, 8, 8), levels 0...16 in the file
+    images = grey.round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)  # (N, 3, 8, 8)
+    labels = torch.from_numpy(scans.target).long()
+
+    test = stratified_subset(labels, 0.2, seed=0)
+    train = complement(test, len(labels))
+    return ImageDataset(
+        name="digits",
+        train_images=images[train],
+        train_labels=labels[train],
+        test_images=images[test],
+        test_labels=labels[test],
+        classes=tuple("0123456789"),
+    )
+
+
+def download(name: str, data_dir: Path) -> ImageDataset:
+    """A set that torchvision downloads. Raises UserError that says where to put its archive."""
+    import socket
+
+    cifar = f"{name.replace('cifar', 'cifar-')}-python.tar.gz"
+    archive = "stl10_binary.tar.gz" if name == "stl10" else cifar
+    timeout = socket.getdefaulttimeout()
+    # torchvision sets none: without a network it could wait for ever.
+    socket.setdefaulttimeout(8)
+    try:
+        return load_stl10(data_dir) if name == "stl10" else load_cifar(name, data_dir)
+    except Exception as error:  # of the network, the disk, or a damaged archive
+        reason = " ".join(str(error).split()) or type(error).__name__
+        script = Path(sys.argv[0]).name
+        raise UserError(
+            f"--dataset {name} is not in {data_dir} and could not be downloaded ({reason}): put "
+            f"{archive} into {data_dir}, or run without it: python {script} --dataset digits"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def load_cifar(name: str, data_dir: Path) -> ImageDataset:
+    """CIFAR-10 or CIFAR-100."""
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    train, test = (kind(str(data_dir), train=part, download=True) for part in (True, False))
+
+    def images(split: Any) -> Tensor:  # uint8 (N, H, W, 3) -> (N, 3, H, W)
+        return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
+
+    return ImageDataset(
+        name,
+        images(train),
+        torch.tensor(train.targets),
+        images(test),
+        torch.tensor(test.targets),
+        tuple(train.classes),
+    )
+
+
+def load_stl10(data_dir: Path) -> ImageDataset:
+    """STL-10, with its 100,000 unlabelled images."""
+    from torchvision import datasets
+
+    train = datasets.STL10(str(data_dir), "train", download=True)
+    test = datasets.STL10(str(data_dir), "test")
+    unlabelled = datasets.STL10(str(data_dir), "unlabeled")
+    return ImageDataset(
+        "stl10",
+        torch.from_numpy(train.data),
+        torch.from_numpy(train.labels).long(),
+        torch.from_numpy(test.data),
+        torch.from_numpy(test.labels).long(),
+        tuple(train.classes),
+        torch.from_numpy(unlabelled.data),
+    )
+
+
+def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
+    """The user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
+    name = str(folder)
+    if not (folder / "train").is_dir():
+        files = flat_files(folder)
+        problem = "has neither images in it nor a folder train/<class>/ with images"
+        check(bool(files), f"--dataset {folder} {problem}")
+        return ImageDataset(name, decode(folder, files, data_dir, size), None, None, None, ())
+
+    files, labels, classes = class_files(folder / "train")
+    if not (folder / "test").is_dir():
+        images = decode(folder, files, data_dir, size)
+        return ImageDataset(name, images, labels, None, None, classes)
+
+    test_files, test_labels, test_classes = class_files(folder / "test")
+    unknown = ", ".join(sorted(set(test_classes) - set(classes)))
+    check(not unknown, f"--dataset {folder}: test/ has classes that train/ lacks: {unknown}")
+    # test/ may lack some of train/'s classes: its labels are to count all of them.
+    test_labels = torch.tensor([classes.index(test_classes[label]) for label in test_labels])
+
+    images = decode(folder, files + test_files, data_dir, size)
+    n = len(files)
+    return ImageDataset(name, images[:n], labels, images[n:], test_labels, classes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts of a set
+# ------------------------------------------------------------------------------------------------
+
+
+def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Indices of `fraction` of each class, int64 (M,), sorted, fixed by the seed.
+
+    labels: int64 (N,). The count is rounded, and at least one image of each class. For the
+    validation split and for few labels. Raises ValueError unless 0 < fraction <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+    counts = {label: round(fraction * n) for label, n in count_labels(labels).items()}
+    return choose(labels, counts, seed)
+
+
+def per_class_subset(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Indices of `count` images of each class (all it has, if fewer), int64 (M,), sorted.
+
+    labels: int64 (N,). With one seed, a smaller count is part of a larger one.
+    """
+    return choose(labels, dict.fromkeys(count_labels(labels), count), seed)
+
+
+def count_labels(labels: Tensor) -> dict[int, int]:
+    """{class: how many images it has}."""
+    classes, counts = labels.unique(return_counts=True)
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
+
+
+def choose(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
+    """Draw counts[label] images of each class, at least one: indices int64 (M,), sorted."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label, count in counts.items():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        chosen.append(members[order[: max(1, count)]])
+    return torch.cat(chosen).sort().values
+
+
+def complement(indices: Tensor, n: int) -> Tensor:
+    """The indices of 0...n-1, int64, sorted, that are not in `indices`."""
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[indices] = False
+    return rest.nonzero().flatten()
