@@ -41,6 +41,7 @@ from machinery.command_line import (  # noqa: F401
     POSITIVE,
     PROBABILITY,
     SHARE,
+    LongRun,
     RunConfig,
     Settings,
     SeveralDevices,
@@ -51,7 +52,7 @@ from machinery.command_line import (  # noqa: F401
     save_config,
 )
 from machinery.devices import Machine, prepare_device
-from machinery.durations import format_time, parse_duration  # noqa: F401
+from machinery.durations import format_time  # noqa: F401
 from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_memory  # noqa: F401
 from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
 from machinery.run_folder import Run  # noqa: F401

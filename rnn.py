@@ -232,7 +232,7 @@ def build_model(
 
 
 @dataclass
-class Training(fn.RunConfig):
+class Training(fn.LongRun):
     """How the network learns."""
 
     title: ClassVar[str] = "training"
@@ -267,8 +267,6 @@ class Training(fn.RunConfig):
     fall"""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it"""
-    max_time: str | None = None
-    """end after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with --resume"""
 
     def __post_init__(self) -> None:
         if isinstance(self.flip, bool):  # a switch once, and so it stands in older configurations
@@ -297,8 +295,6 @@ class Training(fn.RunConfig):
         check(one_cycle, f"{warmup} needs --schedule one_cycle")
         shorter = self.warmup_epochs < self.epochs
         check(shorter, f"{warmup} must be below --epochs {self.epochs}")
-        if self.max_time is not None:
-            fn.parse_duration(self.max_time)
 
 
 @dataclass

@@ -1,16 +1,19 @@
-"""Two random views of 32 x 32 images: SimCLR's augmentation without blur, as for CIFAR, and normalisation.
+"""Two random views of 32 x 32 images: SimCLR's augmentation, and normalisation.
 
-python -m benchmarks.augmentation
+    python -m benchmarks.augmentation
+
+The augmentation is that for CIFAR, without blur.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -21,11 +24,21 @@ from benchmarks import common, usual
 BATCH = 512  # images; twice as many views
 IMAGES = torch.from_numpy(usual.random_images(BATCH)).permute(0, 3, 1, 2).contiguous()
 
+# ------------------------------------------------------------------------------------------------
+# Whole batches
+# ------------------------------------------------------------------------------------------------
+
+
+def of_whole_batches(two_views: Callable[[], Tensor]) -> float:
+    """Milliseconds a view of a function that makes two views of each of IMAGES."""
+    return 1000 * common.seconds(two_views, warm_up=10) / (2 * BATCH)
+
 
 def ours() -> float:
     common.prepare()
-    config, normalize = simCLR.Config(), fn.Normalize(IMAGES)
-    return 1000 * common.seconds(lambda: normalize(simCLR.two_views(IMAGES, config)), warm_up=10) / (2 * BATCH)
+    config = simCLR.Config()
+    normalize = fn.Normalize(IMAGES)
+    return of_whole_batches(lambda: normalize(simCLR.two_views(IMAGES, config)))
 
 
 def kornia_batched() -> float:
@@ -38,8 +51,7 @@ def kornia_batched() -> float:
         K.RandomGrayscale(p=0.2),
         K.Normalize(torch.tensor(usual.MEAN), torch.tensor(usual.STD)),
     )
-    call = lambda: augment(IMAGES.float().div_(255).repeat(2, 1, 1, 1))  # noqa: E731
-    return 1000 * common.seconds(call, warm_up=10) / (2 * BATCH)
+    return of_whole_batches(lambda: augment(IMAGES.float().div_(255).repeat(2, 1, 1, 1)))
 
 
 def kornia_with_our_memory_setting() -> float:
@@ -47,11 +59,17 @@ def kornia_with_our_memory_setting() -> float:
     return kornia_batched()
 
 
+# ------------------------------------------------------------------------------------------------
+# Image by image
+# ------------------------------------------------------------------------------------------------
+
+
 def in_a_loader(transform: Any) -> float:
-    """Milliseconds a view in the steady state of a DataLoader with two workers: neither its start nor its end."""
+    """Milliseconds a view of a DataLoader with two workers, neither at its start nor at its end."""
     batches = iter(usual.loader(usual.random_images(6400), 64, transform))
     for _ in range(10):
         next(batches)
+
     start = time.perf_counter()
     views = sum(len(first) + len(second) for first, second in itertools.islice(batches, 80))
     return 1000 * (time.perf_counter() - start) / views
@@ -78,31 +96,37 @@ def lightly_transform() -> float:
     from lightly.transforms import SimCLRTransform
 
     both = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
-    one = transforms.Lambda(both.transforms[0])
-    return in_a_loader(one)
+    return in_a_loader(transforms.Lambda(both.transforms[0]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------
 
 
 def training_step() -> float:
-    """For comparison: forward, backward and optimizer of ResNet-18 with the CIFAR stem, bfloat16 where it is fast."""
+    """For comparison, the rest of a step: ResNet-18 with the CIFAR stem.
+
+    Forward, backward and optimizer, in bfloat16 where it is fast.
+    """
     from benchmarks.step import bare
 
     return 1000 / (2 * bare("cifar", batch_size=64))
 
 
 if __name__ == "__main__":
+    candidates: dict[str, common.Candidate] = {
+        common.OURS: ours,
+        "torchvision v1 (Pillow), DataLoader": torchvision_v1,
+        "torchvision v2 (tensors), DataLoader": torchvision_v2,
+        "lightly SimCLRTransform, DataLoader": lightly_transform,
+        "kornia, batched": kornia_batched,
+        "kornia, with our memory setting": kornia_with_our_memory_setting,
+        "a training step, CIFAR stem": training_step,
+    }
     common.main(
         "augmentation",
-        {
-            "32 x 32": {
-                common.OURS: ours,
-                "torchvision v1 (Pillow), DataLoader": torchvision_v1,
-                "torchvision v2 (tensors), DataLoader": torchvision_v2,
-                "lightly SimCLRTransform, DataLoader": lightly_transform,
-                "kornia, batched": kornia_batched,
-                "kornia, with our memory setting": kornia_with_our_memory_setting,
-                "a training step, CIFAR stem": training_step,
-            }
-        },
+        {"32 x 32": candidates},
         about="Augmentation of 32 x 32 images",
         unit="milliseconds per view, less is better",
     )

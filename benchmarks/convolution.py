@@ -1,9 +1,9 @@
-"""3 x 3 convolutions of small maps on the CPU: PyTorch's own, as one dense matrix, and by gathering patches.
+"""3 x 3 convolutions of small maps on the CPU: PyTorch's own, one dense matrix, or patches.
 
     python -m benchmarks.convolution
 
-Forward and backward of ResNet-18's layers, for the map sizes that occur with small images. This is what decides which
-maps small_maps.SmallMapConv2d takes over, and how.
+Forward and backward of ResNet-18's layers, for the map sizes that occur with small images. This
+decides which maps small_maps.SmallMapConv2d takes over, and how.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import common
-from contrastive import small_maps
+from contrastive.small_maps import PatchConvolution, SmallMapConv2d
 
 SHAPES = [  # channels in, channels out, side of the map, stride
     (512, 512, 1, 1),
@@ -32,15 +33,18 @@ BATCH = 256
 
 
 def milliseconds(shape: tuple[int, int, int, int], dtype: torch.dtype, way: str) -> float:
+    """Milliseconds of forward and backward of one layer, computed in one of four ways."""
     common.prepare()
     channels_in, channels_out, side, stride = shape
-    x = torch.randn(BATCH, channels_in, side, side).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    layer = small_maps.SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False).to(dtype)
-    layer.to(memory_format=torch.channels_last)
+    x = torch.randn(BATCH, channels_in, side, side)
+    x = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+    layer = SmallMapConv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+    layer.to(dtype).to(memory_format=torch.channels_last)
+
     forward = {
-        "PyTorch": lambda: torch.nn.functional.conv2d(x, layer.weight, stride=stride, padding=1),
+        "PyTorch": lambda: F.conv2d(x, layer.weight, stride=stride, padding=1),
         "dense matrix": lambda: layer.dense(x),
-        "patches": lambda: small_maps.PatchConvolution.apply(x, layer.weight, stride),
+        "patches": lambda: PatchConvolution.apply(x, layer.weight, stride),
         common.OURS: lambda: layer(x),
     }[way]
     gradient = torch.randn_like(forward())
@@ -51,13 +55,28 @@ def milliseconds(shape: tuple[int, int, int, int], dtype: torch.dtype, way: str)
     return 1000 * common.seconds(both, at_least=0.5)
 
 
-if __name__ == "__main__":
-    groups: dict[str, dict[str, common.Candidate]] = {}
+def all_groups() -> common.Groups:
+    """A group for each type and shape; a dense matrix is an option for maps of 2 x 2 at most."""
+    groups: common.Groups = {}
     for dtype in (torch.bfloat16, torch.float32):
         for shape in SHAPES:
             channels_in, channels_out, side, stride = shape
-            ways = [common.OURS, "PyTorch", "patches", *(["dense matrix"] if side <= 2 else [])]
-            group = f"{str(dtype)[6:]}, {channels_in} -> {channels_out}, {side} x {side}, stride {stride}"
-            groups[group] = {way: partial(milliseconds, shape, dtype, way) for way in ways}
-    about = f"Forward and backward of 3 x 3 convolutions, {BATCH} images"
-    common.main("convolution", groups, about=about, unit="milliseconds, less is better", fresh=False)
+            kind = str(dtype).removeprefix("torch.")
+            layer = f"{channels_in} -> {channels_out}, {side} x {side}, stride {stride}"
+            ways = [common.OURS, "PyTorch", "patches"]
+            if side <= 2:
+                ways.append("dense matrix")
+            groups[f"{kind}, {layer}"] = {
+                way: partial(milliseconds, shape, dtype, way) for way in ways
+            }
+    return groups
+
+
+if __name__ == "__main__":
+    common.main(
+        "convolution",
+        all_groups(),
+        about=f"Forward and backward of 3 x 3 convolutions, {BATCH} images",
+        unit="milliseconds, less is better",
+        fresh=False,
+    )

@@ -16,9 +16,11 @@ from benchmarks import common, usual
 
 
 def milliseconds(loss: Callable[[Tensor], Tensor], n: int) -> float:
+    """Milliseconds of forward and backward on n pairs."""
     torch.manual_seed(0)
     embeddings = torch.randn(2 * n, 128, requires_grad=True)
-    torch.testing.assert_close(loss(embeddings), fn.nt_xent_loss(embeddings))  # the very same quantity
+    # All of them compute the very same quantity.
+    torch.testing.assert_close(loss(embeddings), fn.nt_xent_loss(embeddings))
 
     def step() -> None:
         embeddings.grad = None
@@ -70,7 +72,14 @@ CANDIDATES = {
 }
 
 if __name__ == "__main__":
-    groups: dict[str, dict[str, common.Candidate]]
-    groups = {f"N = {n}": {name: partial(f, n) for name, f in CANDIDATES.items()} for n in (256, 2048)}
-    del groups["N = 2048"]["pytorch-metric-learning NTXentLoss"]  # it asks for 64 GiB there
-    common.main("loss", groups, about="NT-Xent, forward and backward", unit="milliseconds, less is better")
+    groups: common.Groups = {
+        f"N = {n}": {name: partial(f, n) for name, f in CANDIDATES.items()} for n in (256, 2048)
+    }
+    # It asks for 64 GiB there.
+    del groups["N = 2048"]["pytorch-metric-learning NTXentLoss"]
+    common.main(
+        "loss",
+        groups,
+        about="NT-Xent, forward and backward",
+        unit="milliseconds, less is better",
+    )

@@ -1,5 +1,8 @@
-"""The usual formulation, written afresh as the reference: images augmented one by one with Pillow in worker processes,
-float32, NT-Xent from masked copies of the similarity matrix, numbers fetched with .item() after every batch.
+"""The usual formulation, written afresh as the reference.
+
+Images are augmented one by one with Pillow in worker processes, everything is float32, NT-Xent is
+taken from masked copies of the similarity matrix, and numbers are fetched with .item() after every
+batch.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from torchvision import models, transforms
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10
 
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
 
 def random_images(n: int, side: int = 32) -> np.ndarray:
     """uint8 (n, side, side, 3), the same in every process."""
@@ -31,7 +38,10 @@ def save_images(folder: Path, n: int) -> Path:
 
 
 def augmentation(side: int = 32) -> Any:
-    """SimCLR's augmentation for small images (the paper's Appendix A, strength 0.5, no blur), of a Pillow image."""
+    """SimCLR's augmentation of a Pillow image (the paper's Appendix A).
+
+    As for small images: strength 0.5, and no blur.
+    """
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(side, scale=(0.08, 1.0)),
@@ -48,7 +58,8 @@ class TwoViews(Dataset):
     """The pairs of views of an array of images, through a transform of one Pillow image."""
 
     def __init__(self, images: np.ndarray, transform: Any) -> None:
-        self.images, self.transform = images, transform
+        self.images = images
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,31 +71,49 @@ class TwoViews(Dataset):
 
 def loader(images: np.ndarray, batch_size: int, transform: Any) -> DataLoader:
     """Two worker processes, shuffled, whole batches only."""
-    return DataLoader(TwoViews(images, transform), batch_size, shuffle=True, num_workers=2, drop_last=True)
+    pairs = TwoViews(images, transform)
+    return DataLoader(pairs, batch_size, shuffle=True, num_workers=2, drop_last=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss and model
+# ------------------------------------------------------------------------------------------------
 
 
 def masked_copy_loss(embeddings: Tensor, temperature: float = 0.5) -> Tensor:
-    """NT-Xent by picking positives and negatives out of the similarity matrix with boolean masks. (2N, D) -> scalar."""
+    """NT-Xent by picking positives and negatives out of the similarities with boolean masks.
+
+    (2N, D), rows i and i + N a pair -> scalar.
+    """
     two_n = len(embeddings)
     z = nn.functional.normalize(embeddings, dim=1)
-    similarity = z @ z.T
+    similarity = z @ z.T  # (2N, 2N)
+
     image = torch.arange(two_n // 2).repeat(2)
     same_image = image[:, None] == image[None, :]
     not_itself = ~torch.eye(two_n, dtype=torch.bool)
-    similarity = similarity[not_itself].view(two_n, -1)
+    similarity = similarity[not_itself].view(two_n, -1)  # (2N, 2N - 1)
     same_image = same_image[not_itself].view(two_n, -1)
-    positives = similarity[same_image].view(two_n, -1)
-    negatives = similarity[~same_image].view(two_n, -1)
+
+    positives = similarity[same_image].view(two_n, -1)  # (2N, 1)
+    negatives = similarity[~same_image].view(two_n, -1)  # (2N, 2N - 2)
     logits = torch.cat([positives, negatives], dim=1) / temperature
     return nn.functional.cross_entropy(logits, torch.zeros(two_n, dtype=torch.long))
 
 
 def model(stem: str) -> nn.Module:
-    """torchvision's ResNet-18 with a projection head; the cifar stem as in the paper's Appendix B.9."""
+    """torchvision's ResNet-18 with a projection head.
+
+    The cifar stem is as in the paper's Appendix B.9.
+    """
     network = models.resnet18()
     if stem == "cifar":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
-    head = [nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, 128)]
-    network.fc = nn.Sequential(*head)
+    network.fc = nn.Sequential(
+        nn.Linear(512, 512, bias=False),
+        nn.BatchNorm1d(512),
+        nn.ReLU(inplace=True),
+        nn.Linear(512, 128),
+    )
     return network

@@ -163,11 +163,6 @@ class Features:
         train, labels = self.train[chosen], self.train_labels[chosen]
         return replace(self, train=train, train_labels=labels)
 
-    def labels_per_class(self) -> str:
-        """How many labels each class has, for people: 5,000, or all where they differ."""
-        least, most = (int(n) for n in torch.bincount(self.train_labels).aminmax())
-        return f"{least:,}" if least == most else "all"
-
 
 def train_probe(
     classifier: nn.Linear, features: Features, settings: EvaluationSettings
@@ -276,6 +271,11 @@ class Measured:
     probe: Probed | None = None
     few_labels: list[FewLabels] = field(default_factory=list)
 
+    def accuracies(self) -> dict[str, float]:
+        """{how: test accuracy} of what was measured."""
+        found = {} if self.knn is None else {"k-NN": self.knn}
+        return found if self.probe is None else found | {"linear": self.probe.test_accuracy}
+
     def results(self) -> dict[str, Any]:
         """This part of results.json."""
         found: dict[str, Any] = {}
@@ -285,19 +285,6 @@ class Measured:
             found["probe"] = self.probe.results()
         if self.few_labels:
             found["few_labels"] = [vars(few) for few in self.few_labels]
-        return found
-
-    def cells(self, labels: str) -> list[tuple[str, str, str]]:
-        """(labels per class, method, accuracy) of each column of the table, for people."""
-        found = []
-        for few in self.few_labels:
-            count = str(few.labels_per_class)
-            found.append((count, "k-NN", mean_and_deviation(few.knn_accuracies)))
-            found.append((count, "linear", mean_and_deviation(few.probe_accuracies)))
-        if self.knn is not None:
-            found.append((labels, "k-NN", fn.percent(self.knn)))
-        if self.probe is not None:
-            found.append((labels, "linear", fn.percent(self.probe.test_accuracy)))
         return found
 
 
@@ -412,7 +399,10 @@ def evaluate(
     if "tsne" in settings.stages_list:
         figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
     if settings.measures:
-        print_table(measured, h.labels_per_class())
+        print_table(measured)
+    if ours.few_labels:
+        few = {name: outcome.few_labels for name, outcome in measured.items()}
+        show_few_labels(few, settings.label_seeds, folder / "few_labels.png")
     return results
 
 
@@ -446,18 +436,39 @@ def show_probe(probe: Probed, features: Features, folder: Path) -> None:
     fn.plot_confusion_matrix(probe.predicted, labels, features.classes, file, "Linear probe")
 
 
-def print_table(measured: dict[str, Measured], labels: str) -> None:
-    """The outcome at a glance: accuracy on the test images, a row per representation.
-
-    labels: how many labels each class has, for people. With few labels, the mean and the standard
-    deviation over the draws.
-    """
-    cells = {name: outcome.cells(labels) for name, outcome in measured.items()}
-    columns = next(iter(cells.values()))
-    rows = [["test accuracy", *(method for _, method, _ in columns)]]
-    if next(iter(measured.values())).few_labels:
-        rows.insert(0, ["labels per class", *(count for count, _, _ in columns)])
-    rows += [[name, *(text for _, _, text in row)] for name, row in cells.items()]
+def print_table(measured: dict[str, Measured]) -> None:
+    """The outcome at a glance: accuracy on the test images, a row per representation."""
+    methods = list(next(iter(measured.values())).accuracies())
+    rows = [["test accuracy", *methods]]
+    for name, outcome in measured.items():
+        rows.append([name, *map(fn.percent, outcome.accuracies().values())])
     print()
     fn.print_columns(rows)
     print()
+
+
+def show_few_labels(few: dict[str, list[FewLabels]], draws: int, file: Path) -> None:
+    """Print and draw accuracies over the number of labels per class, for each representation."""
+    representations = [name.split()[0] for name in few]  # raw, untrained, pretrained
+    rows = [
+        ["labels", *(name for name in representations for _ in ("k-NN", "linear"))],
+        ["per class", *("k-NN", "linear") * len(representations)],
+    ]
+    for same_count in zip(*few.values(), strict=True):
+        row = [str(same_count[0].labels_per_class)]
+        for found in same_count:
+            row.append(mean_and_deviation(found.knn_accuracies))
+            row.append(mean_and_deviation(found.probe_accuracies))
+        rows.append(row)
+    print(f"  test accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
+    fn.print_columns(rows)
+    print()
+
+    curves = {
+        name: {
+            "k-NN": {each.labels_per_class: each.knn_accuracies for each in found},
+            "linear probe": {each.labels_per_class: each.probe_accuracies for each in found},
+        }
+        for name, found in few.items()
+    }
+    figures.plot_few_labels(curves, file)

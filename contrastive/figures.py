@@ -52,6 +52,33 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
     fn.save_figure(figure, file)
 
 
+def plot_few_labels(curves: dict[str, dict[str, dict[int, list[float]]]], file: Path) -> None:
+    """Test accuracy over labels per class: mean and standard deviation over the draws.
+
+    curves: {representation: {method: {labels per class: an accuracy for each draw}}}; a panel per
+    method, a colour per representation.
+    """
+    methods = list(next(iter(curves.values())))
+    figure, axes = fn.new_figure(10, 4, columns=len(methods))
+    for axis, method in zip(axes, methods, strict=True):
+        for name, found in curves.items():
+            counts, accuracies = list(found[method]), np.array(list(found[method].values()))
+            spread = accuracies.std(axis=1, ddof=min(1, accuracies.shape[1] - 1))
+            look = {"marker": "o", "markersize": 4, "capsize": 3}
+            axis.errorbar(counts, accuracies.mean(axis=1), spread, label=name, **look)
+        axis.set(title=method, xlabel="labels per class", ylabel="test accuracy", xscale="log")
+        axis.set_xticks(counts, map(str, counts))
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+
+    limits = [limit for axis in axes for limit in axis.get_ylim()]
+    for axis in axes:  # the same scale in both panels
+        axis.set_ylim(min(limits), max(limits))
+        fn.of_accuracy(axis)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    fn.save_figure(figure, file)
+
+
 def tsne_points(h: Tensor, seed: int) -> np.ndarray:
     """t-SNE (van der Maaten & Hinton 2008) of unit vectors, after PCA to 50 dimensions.
 

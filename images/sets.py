@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,9 @@ def download(name: str, data_dir: Path) -> ImageDataset:
         return load_stl10(data_dir) if name == "stl10" else load_cifar(name, data_dir)
     except Exception as error:  # of the network, the disk, or a damaged archive
         reason = " ".join(str(error).split()) or type(error).__name__
-        script = Path(sys.argv[0]).name
         raise UserError(
             f"--dataset {name} is not in {data_dir} and could not be downloaded ({reason}): put "
-            f"{archive} into {data_dir}, or run without it: python {script} --dataset digits"
+            f"{archive} into {data_dir}, or run without a download: --dataset digits"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

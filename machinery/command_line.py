@@ -146,16 +146,27 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 @dataclass
-class SeveralDevices(RunConfig):
+class LongRun(RunConfig):
+    """For a training that may need more than one session."""
+
+    max_time: str | None = None
+    """end training after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with
+    --resume"""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.max_time is not None:
+            parse_duration(self.max_time)
+
+
+@dataclass
+class SeveralDevices(LongRun):
     """For a training that several devices share, one process each."""
 
     devices: int = 1
     """GPUs (or processes, on the CPU) of this machine to train on"""
     num_nodes: int = 1
     """machines to train on, each with that many devices"""
-    max_time: str | None = None
-    """end training after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with
-    --resume"""
 
     @property
     def processes(self) -> int:
@@ -164,9 +175,6 @@ class SeveralDevices(RunConfig):
     def validate(self) -> None:
         super().validate()
         self.require("devices num_nodes", at_least(1))
-        if self.max_time is not None:
-            parse_duration(self.max_time)
-
         device = resolve_device(self.accelerator)
         processors = os.cpu_count() or 1
         here = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processors}[device]
@@ -207,10 +215,25 @@ def is_first_process(config: RunConfig) -> bool:
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the code, with the example commands as they stand in the docstring."""
+    """Help as wide as the code, with the example commands as they stand in the docstring.
+
+    A flag shows its values, a sentence, and its default.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=100, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, jsonargparse.ActionYesNo):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default is None or default == argparse.SUPPRESS:
+            return action.help or ""
+        shown = str(default).lower() if isinstance(default, bool) else f"{default}"
+        return f"{action.help} (default: {shown})"
 
 
 class OneLineParser(jsonargparse.ArgumentParser):
@@ -248,14 +271,19 @@ def make_parser(config_class: type[RunConfig], description: str | None) -> OneLi
     for title, settings in groups(config_class).items():
         group = parser.add_argument_group(title)
         for name, words in settings.items():
-            default = getattr(config_class, name)
-            if types[name] is bool:
+            kind, default = types[name], getattr(config_class, name)
+            if kind is bool:
                 yes_or_no: Any = jsonargparse.ActionYesNo(no_prefix="no-")  # --name, --no-name
                 group.add_argument(
                     f"--{name}", action=yes_or_no, nargs="?", default=default, help=words
                 )
+            elif typing.get_origin(kind) is Literal:  # whose values are shown
+                group.add_argument(f"--{name}", type=kind, default=default, help=words)
             else:
-                group.add_argument(f"--{name}", type=types[name], default=default, help=words)
+                value = "TEXT" if str in (kind, *typing.get_args(kind)) else "N"
+                group.add_argument(
+                    f"--{name}", type=kind, default=default, help=words, metavar=value
+                )
     return parser
 
 

@@ -346,17 +346,14 @@ def make_trainer(
 
     quiet_libraries()
     prepare_device(machine)
-    on_terminal = sys.stdout.isatty() and not log.quiet
     several = devices * num_nodes > 1
+    on_terminal = sys.stdout.isatty() and not log.quiet
+    bar = [ProgressBar(leave=False)] if on_terminal else []
 
     # In this order, as Lightning calls them: a loss that is not finite never reaches the log; the
     # log writes an epoch's row; the time limit and the checkpoint read that row.
     finite = FiniteLoss(rate, checkpoint.folder / "last.ckpt" if checkpoint else None)
-    ordered: list[Callback] = [EpochSeed(seed), *callbacks, finite, log, TimeLimit(max_time, log)]
-    if on_terminal:
-        ordered.append(ProgressBar(leave=False))
-    if checkpoint:
-        ordered.append(checkpoint)
+    after_the_log = [TimeLimit(max_time, log), *([checkpoint] if checkpoint else [])]
 
     if several and folder:
         # Lightning starts the other processes with sys.argv: they are to join this run.
@@ -373,7 +370,7 @@ def make_trainer(
         use_distributed_sampler=False,  # Batches knows each rank's share
         precision="bf16-mixed" if machine.precision == "bf16" else "32-true",
         max_epochs=epochs,
-        callbacks=ordered,
+        callbacks=[EpochSeed(seed), *callbacks, *bar, finite, log, *after_the_log],
         plugins=[SafeCheckpoints(), *alone],
         logger=TensorBoardLogger(folder, name="", version="tensorboard") if folder else False,
         enable_checkpointing=checkpoint is not None,

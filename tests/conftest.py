@@ -1,4 +1,4 @@
-"""Fixtures: a small folder of real images, and a way to run a script as a user does."""
+"""Fixtures: a small folder of images, ways to run a script, and the place and state of a test."""
 
 import functools
 import importlib
@@ -12,22 +12,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import functions as fn
 from machinery import command_line
 
-torch.set_num_threads(1)  # the tests share the cores among themselves, and other threads would round differently
+pytest.register_assert_rewrite("helpers")  # its asserts then show their values, too
 
-command_line.make_parser = functools.cache(
-    command_line.make_parser
-)  # a tenth of a second each, and the tests ask for hundreds
+# The tests share the cores, and another number of threads would round differently.
+torch.set_num_threads(1)
+
+# A parser takes a tenth of a second to build, and the tests ask for hundreds.
+command_line.make_parser = functools.cache(command_line.make_parser)
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """DIR/train/<class>/*.png and DIR/test/<class>/*.png: three classes of 8 x 8 images, told apart by their colour."""
+    """DIR/train/<class>/*.png and DIR/test/<class>/*.png: 8 x 8 images of three colours."""
     folder = tmp_path_factory.mktemp("images") / "colours"
     rng = np.random.default_rng(0)
     for split, count in (("train", 100), ("test", 8)):
@@ -42,18 +45,19 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run():
-    """Run a script in a folder as a user would: run("rnn.py", "--epochs", "1", cwd=folder) -> CompletedProcess."""
+    """Run a script as a user: run("rnn.py", "--epochs", 1, cwd=folder) -> CompletedProcess."""
 
-    def run_script(script: str, *flags: object, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    def run_script(script: str, *flags: object, cwd: Path, **options: object):
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, **options)
+        options |= {"capture_output": True, "text": True, "timeout": 600}
+        return subprocess.run(command, cwd=cwd, env=environment, **options)
 
     return run_script
 
 
 class Code:
-    """A pickle of it runs a command when it is loaded, in the folder of whoever loads it."""
+    """Its pickle runs a command when it is loaded, in the folder of whoever loads it."""
 
     def __reduce__(self):
         return os.system, ("touch hacked",)
@@ -67,7 +71,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def run_here(capfd, monkeypatch):
-    """The same in this process, which saves the imports: run_here("rnn.py", "--epochs", "1", cwd=folder) -> Ended."""
+    """The same in this process, which saves imports: run_here("rnn.py", cwd=folder) -> Ended."""
 
     def run_script(script: str, *flags: object, cwd: Path) -> Ended:
         monkeypatch.chdir(cwd)
@@ -79,3 +83,33 @@ def run_here(capfd, monkeypatch):
         return Ended(int(end.value.code or 0), *capfd.readouterr())
 
     return run_script
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """The test runs as script.py, in a folder of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("sys.argv", ["script.py"])
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Thousands of tiny tensor operations: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seeded():
+    """The test draws the same random numbers every time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    """Stands in for a ResNet: a convolution and a BatchNorm. (B, 3, H, W) -> (B, 8)."""
+    block = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(*block, nn.AdaptiveAvgPool2d(1), nn.Flatten())

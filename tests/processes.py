@@ -1,4 +1,4 @@
-"""Run a script in a process of its own that starts at once: forked from one that has imported everything already."""
+"""Run a script in a process of its own, forked from one that has imported everything already."""
 
 import contextlib
 import importlib
@@ -17,13 +17,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def main(script: str, flags: list[str], cwd: Path) -> None:
-    """What the script does as a program, with one thread; what it prints goes to a file beside `cwd`."""
+    """Run the script as a program, with one thread; what it prints goes to a file in `cwd`."""
     with open(cwd / f"{os.getpid()}.out", "wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     os.chdir(cwd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
-    torch.set_num_threads(1)  # another number would round differently
+
+    # A shell's background jobs ignore Ctrl-C; another number of threads would round differently.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+
     sys.argv = [script, *flags]
     module = importlib.import_module(script.removesuffix(".py"))
     fn.command_line(module.main, module.Config, module.__doc__)
@@ -33,7 +36,8 @@ def start(script: str, *flags: object, cwd: Path) -> ForkServerProcess:
     """Start `python script flags` in the folder `cwd`."""
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    context.set_forkserver_preload(["processes", "simCLR", "rnn", "rnn_hyperparameter_tune", "optuna_integration"])
+    scripts = ["simCLR", "rnn", "rnn_hyperparameter_tune"]
+    context.set_forkserver_preload(["processes", *scripts, "optuna_integration"])
     process = context.Process(target=main, args=(script, list(map(str, flags)), cwd))
     process.start()
     return process

@@ -1,4 +1,4 @@
-"""Bad input: one line on stderr that names the culprit and a remedy, exit status 2, and every file as it was."""
+"""Bad input: one line that names culprit and remedy, exit status 2, and every file as it was."""
 
 import contextlib
 import string
@@ -16,6 +16,7 @@ import functions as fn
 import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
+from machinery import command_line
 
 
 def png(file, color="red", size=(8, 8)):
@@ -85,9 +86,13 @@ def make_bad_runs(root):
     fn.save_config(root / "other/config.yaml", simCLR.Config(dataset="digits"))
     torch.save(Code(), root / "codecheckpoint/checkpoints/last.ckpt")
     (root / "badconfig/config.yaml").write_text("epochs: [")
-    (root / "codeconfig/config.yaml").write_text("seed: !!python/object/apply:os.system ['touch hacked']")
+    code = "seed: !!python/object/apply:os.system ['touch hacked']"
+    (root / "codeconfig/config.yaml").write_text(code)
+
     (root / "cycle").mkdir()
-    fn.save_config(root / "cycle/config.yaml", rnn.Config(dataset="digits", epochs=3, schedule="one_cycle"))
+    cycle_config = rnn.Config(dataset="digits", epochs=3, schedule="one_cycle")
+    fn.save_config(root / "cycle/config.yaml", cycle_config)
+
     (root / "study").mkdir()
     tune_config = tune.Config(dataset="digits", epochs=3)
     fn.save_config(root / "study/config.yaml", tune_config)
@@ -106,7 +111,15 @@ def bad_place(tmp_path_factory):
 DIGITS = ["--dataset", "digits"]
 KNN = [*DIGITS, "--stages", "knn", "--checkpoint"]
 SIMCLR, RNN, TUNE = "simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py"
-# script, flags, the culprit that the line must name, the remedy it must give
+
+ALMOST_ALL = "--validation_fraction 0.999"
+A_TENTH = "--train_fraction 0.1"
+A_FILE = "--data_dir afile"
+ALL_WARM_UP = "--warmup_epochs 9 --epochs 9 --schedule one_cycle"
+TWO_DEVICES = "--batch_size 1000 --devices 2"
+OTHERS = "--resume ends --seed 4 --cell gru"
+
+# Each row: script, flags, the culprit that the line must name, the remedy that it must give.
 BAD = [
     (SIMCLR, [*DIGITS, "--epochs", "0"], "--epochs", "at least 1"),
     (SIMCLR, [*DIGITS, "--epochs", "many"], "--epochs", "int"),
@@ -147,12 +160,12 @@ BAD = [
     (SIMCLR, [*DIGITS, "--image_size", "2"], "--image_size", "between 4 and"),
     (SIMCLR, [*DIGITS, "--accelerator", "tpu"], "--accelerator", "cpu"),
     (SIMCLR, [*DIGITS, "--precision", "fp8"], "--precision", "bf16"),
-    (SIMCLR, [*DIGITS, "--baselines", "maybe"], "--baselines", "bool"),
+    (SIMCLR, [*DIGITS, "--baselines", "maybe"], "--baselines", "true or false"),
     (RNN, [*DIGITS, "--cell", "qrnn"], "--cell", "lstm"),
     (RNN, [*DIGITS, "--hidden_size", "0"], "--hidden_size", "at least 1"),
     (RNN, [*DIGITS, "--patience", "-1"], "--patience", "0 or more"),
     (RNN, [*DIGITS, "--validation_fraction", "1"], "--validation_fraction", "between 0 and 1"),
-    (RNN, [*DIGITS, "--validation_fraction", "0.999"], "--validation_fraction 0.999", "hold out less"),
+    (RNN, [*DIGITS, *ALMOST_ALL.split()], ALMOST_ALL, "hold out less"),
     (TUNE, [*DIGITS, "--storage", "sqlite://"], "--storage sqlite://", "name a file"),
     (RNN, [*DIGITS, "--learning_rate", "-1"], "--learning_rate", "positive"),
     (RNN, [*DIGITS, "--max_time", "1:00"], "--max_time", "DD:HH:MM:SS"),
@@ -163,13 +176,13 @@ BAD = [
     (RNN, [*DIGITS, "--crop_padding", "9"], "--crop_padding 9", "at most 8"),
     (RNN, [*DIGITS, "--gradient_clip", ".inf"], "--gradient_clip", "0 or more"),
     (RNN, [*DIGITS, "--warmup_epochs", "3"], "--warmup_epochs", "--schedule one_cycle"),
-    (RNN, [*DIGITS, "--warmup_epochs", "9", "--epochs", "9", "--schedule", "one_cycle"], "--warmup_epochs", "below"),
+    (RNN, [*DIGITS, *ALL_WARM_UP.split()], "--warmup_epochs", "below"),
     (RNN, [*DIGITS, "--pooling", "max"], "--pooling", "attention"),
     (RNN, ["--resume", "cycle", "--epochs", "9"], "--epochs 3", "leave it out"),
     (TUNE, [*DIGITS, "--n_trials", "0"], "--n_trials", "at least 1"),
     (TUNE, [*DIGITS, "--workers", "0"], "--workers", "at least 1"),
     (TUNE, [*DIGITS, "--train_fraction", "0"], "--train_fraction", "at most 1"),
-    (TUNE, [*DIGITS, "--train_fraction", "0.1"], "--train_fraction 0.1", "too few for batch size 256"),
+    (TUNE, [*DIGITS, *A_TENTH.split()], A_TENTH, "too few for batch size 256"),
     (TUNE, [*DIGITS, "--space", "all"], "--space", "extended"),
     (TUNE, [*DIGITS, "--sampler", "grid"], "--sampler", "random"),
     (TUNE, [*DIGITS, "--timeout", "-1"], "--timeout", "positive"),
@@ -177,19 +190,20 @@ BAD = [
     (TUNE, [*DIGITS, "--cell", "all"], "--cell", "lstm"),
     (TUNE, [*DIGITS, "--storage", "nonsense://x"], "--storage", "check the URL"),
     (SIMCLR, [*DIGITS, "--lerning_rate", "1"], "--lerning_rate", "--help"),
-    (
-        SIMCLR,
-        [*DIGITS, "--epoch", "3"],
-        "--epoch",
-        "--help",
-    ),
+    (SIMCLR, [*DIGITS, "--epoch", "3"], "--epoch", "--help"),
     (SIMCLR, [*DIGITS, "digits"], "digits", "--help"),
     (RNN, [*DIGITS, "--devices", "2"], "--devices", "--help"),
     (SIMCLR, [*DIGITS, "--checkpoint", "imagenet.pt"], "--checkpoint", "leave it out"),
     (SIMCLR, ["--config", "nowhere.yaml"], "nowhere.yaml", "cannot be read"),
     (SIMCLR, ["--config", "empty"], "--config empty", "cannot be read"),
-    *[(SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "plain values") for n in ("damaged", "code", "tab", "binary")],
-    *[(SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "key: value") for n in ("list", "word", "nothing")],
+    *[
+        (SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "plain values")
+        for n in ("damaged", "code", "tab", "binary")
+    ],
+    *[
+        (SIMCLR, ["--config", f"{n}.yaml"], f"{n}.yaml", "key: value")
+        for n in ("list", "word", "nothing")
+    ],
     (SIMCLR, ["--config", "unknown.yaml"], "batchsize", "unknown key"),
     *[(RNN, ["--config", f"{n}.yaml"], "--epochs", "int") for n in ("nested", "type")],
     (RNN, ["--config", "null.yaml"], "--epochs", "must have a value"),
@@ -217,14 +231,20 @@ BAD = [
     (RNN, ["--dataset", "notest", "--batch_size", "2"], "notest", "notest/test/<class>"),
     (TUNE, ["--dataset", "oneclass"], "oneclass", "needs two"),
     (TUNE, ["--dataset", "few"], "--dataset few", "too few for batch size 256"),
-    (RNN, ["--dataset", "cifar10", "--data_dir", "afile"], "--data_dir afile", "name another folder"),
+    (RNN, ["--dataset", "cifar10", *A_FILE.split()], A_FILE, "name another folder"),
     (SIMCLR, [*DIGITS, "--batch_size", "5000"], "--batch_size 5000", "take at most 1438"),
-    (SIMCLR, [*DIGITS, "--batch_size", "1000", "--devices", "2"], "--batch_size 1000", "take at most 719"),
+    (SIMCLR, [*DIGITS, *TWO_DEVICES.split()], "--batch_size 1000", "take at most 719"),
     (RNN, [*DIGITS, "--batch_size", "5000"], "--batch_size 5000", "take at most 1295"),
     (SIMCLR, [*KNN, "nowhere.pt"], "nowhere.pt", "no such file"),
     (SIMCLR, [*KNN, "empty"], "--checkpoint empty", "no such file"),
-    *[(SIMCLR, [*KNN, file], file, "take another") for file in ("text.pt", "nothing.pt", "code.pt", "list.pt")],
-    *[(SIMCLR, [*KNN, file], file, "--encoder, --stem and --norm") for file in ("imagenet.pt", "rnn.ckpt")],
+    *[
+        (SIMCLR, [*KNN, file], file, "take another")
+        for file in ("text.pt", "nothing.pt", "code.pt", "list.pt")
+    ],
+    *[
+        (SIMCLR, [*KNN, file], file, "--encoder, --stem and --norm")
+        for file in ("imagenet.pt", "rnn.ckpt")
+    ],
     (SIMCLR, [*DIGITS, "--output_dir", "full"], "--output_dir full", "take a new folder"),
     (SIMCLR, [*DIGITS, "--output_dir", "afile"], "--output_dir afile", "take another folder"),
     (RNN, [*DIGITS, "--output_dir", "afile/x"], "--output_dir afile/x", "take another folder"),
@@ -234,7 +254,7 @@ BAD = [
     (RNN, ["--resume", "other"], "--resume other", "not one of this script"),
     (RNN, ["--resume", "badconfig"], "badconfig/config.yaml", "plain values"),
     (RNN, ["--resume", "codeconfig"], "codeconfig/config.yaml", "plain values"),
-    (RNN, ["--resume", "ends", "--seed", "4", "--cell", "gru"], "--seed 0 and --cell rnn", "leave it out"),
+    (RNN, OTHERS.split(), "--cell rnn and --seed 0", "leave it out"),
     (RNN, ["--resume", "ends", "--epochs", "2"], "--epochs 3", "leave it out"),
     (SIMCLR, [*DIGITS, "--num_nodes", "2"], "--num_nodes 2", "torchrun or srun"),
     (RNN, ["--resume", "codecheckpoint"], "codecheckpoint/checkpoints", "start afresh"),
@@ -247,16 +267,21 @@ def test_the_table_is_long_enough():
 
 
 @pytest.mark.parametrize(("script", "flags", "culprit", "remedy"), BAD)
-def test_bad_input_is_one_line_and_changes_nothing(script, flags, culprit, remedy, bad_place, run_here):
+def test_bad_input_is_one_line_and_changes_nothing(
+    script, flags, culprit, remedy, bad_place, run_here
+):
     before = {path: path.read_bytes() for path in bad_place.rglob("*") if path.is_file()}
     done = run_here(script, *flags, cwd=bad_place)
     assert done.returncode == 2
+
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{script}: error: ")
     assert culprit in line
     assert remedy in line
+
     after = {path: path.read_bytes() for path in bad_place.rglob("*") if path.is_file()}
     assert before.items() <= after.items()
+
     new = [path for path in after.keys() - before.keys() if path.name != ".lock"]
     assert all("data/cache" in str(path) for path in new), "decoded images may be kept"
 
@@ -274,7 +299,8 @@ def test_cuda_where_there_is_none(run, tmp_path):
 def test_a_network_that_no_memory_holds_is_one_line(run_here, tmp_path):
     done = run_here("rnn.py", *DIGITS, "--hidden_size", 30_000_000, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "rnn.py: error: out of memory: take smaller batches, or a smaller network\n"
+    remedy = "take smaller batches, or a smaller network"
+    assert done.stderr == f"rnn.py: error: out of memory: {remedy}\n"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,15 +309,19 @@ def test_a_network_that_no_memory_holds_is_one_line(run_here, tmp_path):
 
 settings.register_profile("fuzz", deadline=None, derandomize=True)
 QUICK = settings(
-    settings.get_profile("fuzz"), max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    settings.get_profile("fuzz"),
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+ODD = ["1e3", "0x10", "~", "yes", "16:0.5,32:1", "-0", "digits", "../..", "{}", "[", "null", "\x00"]
 FIELDS = sorted(simCLR.Config.__dataclass_fields__)
 SCALARS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12)),
-    st.sampled_from(["1e3", "0x10", "~", "yes", "16:0.5,32:1", "-0", "digits", "../..", "{}", "[", "null", "\x00"]),
+    st.sampled_from(ODD),
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
 
 
@@ -300,14 +330,14 @@ def is_one_line(error):
 
 
 def parses_or_says_why(flags):
-    """A configuration that is valid, or one line: nothing else may come out of the parser."""
+    """The parser gives a valid configuration or an error of one line, and nothing else."""
     with contextlib.suppress(SystemExit):  # --help and --print_config
         try:
             config = fn.parse_config(simCLR.Config, flags)
         except fn.UserError as error:
             return is_one_line(error)
         config.validate()
-        saved = yaml.safe_load(fn.as_yaml(config))
+        saved = yaml.safe_load(command_line.as_yaml(config))
         return all(saved[k] == v for k, v in vars(config).items() if k not in config.of_the_session)
     return True
 
@@ -316,7 +346,8 @@ def parses_or_says_why(flags):
 @given(values=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, max_size=4))
 def test_any_yaml_is_a_configuration_or_one_line(values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
+    text = yaml.safe_dump(values, allow_unicode=True)
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8", errors="replace")
     assert parses_or_says_why(["--config", "c.yaml"])
 
 
@@ -328,7 +359,11 @@ def test_any_bytes_as_yaml_are_a_configuration_or_one_line(data, tmp_path, monke
     assert parses_or_says_why(["--config", "c.yaml"])
 
 
-WORDS = st.sampled_from([f"--{name}" for name in FIELDS]) | st.text(string.printable, max_size=10) | SCALARS.map(str)
+WORDS = (
+    st.sampled_from([f"--{name}" for name in FIELDS])
+    | st.text(string.printable, max_size=10)
+    | SCALARS.map(str)
+)
 
 
 @QUICK
@@ -338,18 +373,25 @@ def test_any_flags_are_a_configuration_or_one_line(flags, tmp_path, monkeypatch,
     assert parses_or_says_why(flags)
 
 
-NAMES = st.text(st.characters(blacklist_characters="/\x00", blacklist_categories=("Cs",)), min_size=1, max_size=8)
+NAMES = st.text(
+    st.characters(blacklist_characters="/\x00", blacklist_categories=("Cs",)),
+    min_size=1,
+    max_size=8,
+)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 @settings(settings.get_profile("fuzz"), max_examples=60)
 @given(
-    files=st.lists(st.tuples(NAMES, st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 40)), max_size=5),
+    files=st.lists(
+        st.tuples(NAMES, st.sampled_from(FORMATS), st.integers(1, 40), st.integers(1, 40)),
+        max_size=5,
+    ),
     junk=st.none() | st.tuples(NAMES, st.binary(max_size=60)),
     cut=st.booleans(),
 )
 def test_any_folder_is_decoded_or_one_line(files, junk, cut, tmp_path_factory):
-    """Images of any name, format and size, perhaps a file that is none, perhaps one cut short."""
+    """Images of any name, format and size, perhaps with a file that is no image or is cut short."""
     folder = tmp_path_factory.mktemp("fuzz") / "images"
     folder.mkdir()
     for i, (name, kind, width, height) in enumerate(files):
@@ -364,10 +406,12 @@ def test_any_folder_is_decoded_or_one_line(files, junk, cut, tmp_path_factory):
         data = fn.load_dataset(str(folder), folder.parent / "data", 8)
     except fn.UserError as error:
         said.append(str(error))
+
     assert all(str(folder) in line for line in said)
     if data is None:
         return
     assert data.train_images.shape == (len(list(folder.iterdir())), 3, 8, 8)
     assert data.train_images.dtype == torch.uint8
+
     again = fn.load_dataset(str(folder), folder.parent / "data", 8)
     assert torch.equal(data.train_images, again.train_images)

@@ -1,4 +1,4 @@
-"""The alternatives in the benchmarks compute the same thing; the README's tables are what was measured."""
+"""What the benchmarks compare computes the same; the tables are what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import torch
 
 import functions as fn
 import simCLR
-from benchmarks import augmentation, common, convolution, growth, loss, recurrent, step, table, usual
+from benchmarks import (
+    augmentation,
+    common,
+    convolution,
+    growth,
+    loss,
+    recurrent,
+    step,
+    table,
+    usual,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,12 +40,14 @@ def test_the_masked_copy_formulation_is_the_same_loss(n):
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_the_usual_formulation_trains_the_same_network(stem):
-    """Same parameters, and with the same values the same embeddings."""
+    """It has the same parameters, and with the same values the same embeddings."""
     torch.manual_seed(0)
-    theirs, ours = usual.model(stem).double(), simCLR.SimCLRModel(*simCLR.build_encoder("resnet18", stem)).double()
+    theirs = usual.model(stem).double()
+    ours = simCLR.SimCLRModel(*simCLR.build_encoder("resnet18", stem)).double()
     values = list(theirs.state_dict().values())
     names = ours.state_dict()
     assert [value.shape for value in values] == [value.shape for value in names.values()]
+
     ours.load_state_dict(dict(zip(names, values, strict=True)))
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x))
@@ -65,7 +77,10 @@ def test_seconds_is_the_median_of_its_repeats(monkeypatch):
 
 @pytest.mark.parametrize(("higher_is_better", "ratio"), [(True, 0.5), (False, 2.0)])
 def test_the_ratio_says_how_many_times_faster_this_project_is(higher_is_better, ratio):
-    measured = {common.OURS: [{"value": v, "peak_mib": 1.0} for v in (1.0, 2.0, 9.0)], "other": [{"value": 4.0}]}
+    measured = {
+        common.OURS: [{"value": v, "peak_mib": 1.0} for v in (1.0, 2.0, 9.0)],
+        "other": [{"value": 4.0}],
+    }
     row = common._summary(measured, higher_is_better, common.OURS)["other"]
     assert row["this project is faster by"] == ratio
 
@@ -74,9 +89,15 @@ def test_a_benchmark_measures_in_turn_prints_and_writes(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x", "--rounds", "2"])
     order = []
-    candidates = {name: partial(lambda name: order.append(name) or 2.0, name) for name in (common.OURS, "other")}
+
+    def candidate(name: str) -> float:
+        order.append(name)
+        return 2.0
+
+    candidates = {name: partial(candidate, name) for name in (common.OURS, "other")}
     common.main("x", {"group": candidates}, about="About", unit="seconds", fresh=False)
     assert order == [common.OURS, "other"] * 2
+
     written = json.loads((tmp_path / "results" / "benchmarks" / "x.json").read_text())
     assert written["groups"]["group"]["other"] == {
         "median": 2.0,
@@ -89,7 +110,7 @@ def test_a_benchmark_measures_in_turn_prints_and_writes(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_the_smallest_of_each_benchmark_runs(monkeypatch):
-    """With one call instead of seconds of them."""
+    """Each is called once instead of for seconds."""
 
     def once(f, **_) -> float:
         f()
@@ -113,9 +134,9 @@ def test_the_whole_step_is_measured_on_the_program_itself():
 
 
 def test_the_tables_are_what_was_measured():
-    for part in (table.summary(), table.growth()):
-        assert part in (ROOT / "README.md").read_text(), "python -m benchmarks.table prints something else"
-    assert table.everything() == (table.FOLDER / "README.md").read_text(), "run python -m benchmarks.table"
+    readme, all_tables = (ROOT / "README.md").read_text(), (table.FOLDER / "README.md").read_text()
+    assert table.headline() in readme, "python -m benchmarks.table prints something else"
+    assert table.everything() == all_tables, "run python -m benchmarks.table"
 
 
 @pytest.mark.parametrize("name", table.NAMES)

@@ -1,4 +1,4 @@
-"""Several devices and micro-batches give what one device and a whole batch give; device mix-ups fail without a GPU."""
+"""Several devices, and micro-batches, give what one device and a whole batch give."""
 
 import csv
 import os
@@ -21,20 +21,23 @@ import functions as fn
 import rnn
 import simCLR
 from contrastive import evaluation
-from machinery import command_line, devices
+from machinery import command_line
 
-# Views that are the images themselves: what devices and micro-batches draw differs, what they compute must not.
+# Views that are the images themselves: devices and micro-batches draw different views, but must
+# compute the same from the same ones.
 PLAIN = ["--crop_scale", 1, "--flip", 0, "--jitter", 0, "--grayscale", 0]
+
 ONE_STEP = [
-    *["--dataset", "digits", "--stages", "pretrain,probe", "--baselines", "false", "--probe_epochs", 1],
-    *["--epochs", 1, "--stem", "imagenet", "--norm", "group"],
+    *["--dataset", "digits", "--stages", "pretrain,probe", "--baselines", "false"],
+    *["--epochs", 1, "--probe_epochs", 1, "--stem", "imagenet", "--norm", "group"],
     *["--accelerator", "cpu", "--precision", "fp32", "--hidden_dim", 64, "--embedding_dim", 32],
 ]
 
 
 def gradient(folder):
     """The gradient of the first step, flat: what SGD's momentum holds after it."""
-    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    state = checkpoint["optimizer_states"][0]["state"]
     return torch.cat([state[i]["momentum_buffer"].flatten() for i in sorted(state)])
 
 
@@ -46,35 +49,46 @@ def loss(folder):
 def whole_batch(run, tmp_path_factory):
     """One step of 720 images on one device."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run("simCLR.py", *ONE_STEP, *PLAIN, "--batch_size", 720, "--output_dir", "out", cwd=folder)
+    flags = [*ONE_STEP, *PLAIN, "--batch_size", 720, "--output_dir", "out"]
+    done = run("simCLR.py", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
-@pytest.mark.parametrize("micro", [[], pytest.param(["--micro_batch_size", 100], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "micro", [[], pytest.param(["--micro_batch_size", 100], marks=pytest.mark.slow)]
+)
 def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp_path):
-    """Loss and gradient of all parameters: negatives come from both, and DDP's mean is the whole batch's gradient."""
+    """They have the same loss and the same gradient of all parameters.
+
+    Negatives come from both processes, and DDP's mean is the whole batch's gradient.
+    """
     flags = [*ONE_STEP, *PLAIN, "--batch_size", 360, "--devices", 2, *micro, "--output_dir", "out"]
     done = run("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
     assert "batch 720 = 360 x 2 devices" in done.stdout
     assert "(1,438 negatives per view)" in done.stdout
     assert "learning rate 0.06 x 720/256" in done.stdout
+    assert "linear probe: train" in done.stdout
     assert done.stdout.count("epoch 1/1") == 1, "the first process alone prints"
+
     assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
     ours, whole = gradient(tmp_path / "out"), gradient(whole_batch)
     assert float((ours - whole).norm() / whole.norm()) < 1e-5
-    assert "linear probe: train" in done.stdout
+
     first, second = ({p.name for p in f.iterdir()} for f in (tmp_path / "out", whole_batch))
+    events = list((tmp_path / "out").rglob("events.out.tfevents*"))
     assert first == second
-    assert len(list((tmp_path / "out").rglob("events.out.tfevents*"))) == 1, "the first process alone writes"
+    assert len(events) == 1, "the first process alone writes"
 
 
 def torchrun(nodes, port, flags, cwd):
-    """Start `torchrun` for one of so many nodes, all of which are this machine, with a process each."""
-    words = ["--nnodes", nodes, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    """Start `torchrun` for one of the nodes, with one process; all nodes are this machine."""
+    words = ["--nnodes", nodes, "--nproc_per_node", 1]
+    words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     command = [sys.executable, "-m", "torch.distributed.run", *words, ROOT / "simCLR.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -94,10 +108,12 @@ def test_two_nodes_started_by_torchrun_are_one_with_twice_the_batch(whole_batch,
     port = free_port()
     nodes = [torchrun(2, port, flags, tmp_path) for _ in range(2)]
     texts = [node.communicate(timeout=120) for node in nodes]
+
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert sum("epoch 1/1" in out for out, _ in texts) == 1
     assert "batch 720 = 360 x 1 devices x 2 nodes" in "".join(out for out, _ in texts)
     assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
+
     ours, whole = gradient(tmp_path / "out"), gradient(whole_batch)
     assert float((ours - whole).norm() / whole.norm()) < 1e-5
 
@@ -122,25 +138,33 @@ def test_processes_started_together_must_agree(started, flags, named, monkeypatc
 
 
 def test_nodes_are_not_started_by_hand(tmp_path, monkeypatch):
+    flags = ["--dataset", "digits", "--num_nodes", "2", "--output_dir", str(tmp_path / "x")]
     with pytest.raises(fn.UserError, match="start them with torchrun or srun"):
-        fn.parse_config(simCLR.Config, ["--dataset", "digits", "--num_nodes", "2", "--output_dir", str(tmp_path / "x")])
+        fn.parse_config(simCLR.Config, flags)
 
 
 @pytest.mark.parametrize("script", ["rnn.py", "simCLR.py"])
-def test_one_device_is_a_run_of_its_own_however_it_was_started(script, run_here, monkeypatch, tmp_path):
-    """As the second task of an srun, say: it trains, prints and writes all that it would alone."""
-    for name, value in {"SLURM_NTASKS": 2, "SLURM_PROCID": 1, "SLURM_JOB_NAME": "x", "RANK": 1}.items():
-        monkeypatch.setenv(name, str(value))
+def test_one_device_is_a_run_of_its_own_however_it_was_started(
+    script, run_here, monkeypatch, tmp_path
+):
+    """As the second task of srun, for example, it does and writes all that it would alone."""
+    task = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "x", "RANK": "1"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(command_line.rank_zero_only, "rank", 1)
-    flags = ["--stages", "pretrain", "--stem", "imagenet"] if script == "simCLR.py" else []
-    done = run_here(script, "--dataset", "digits", "--epochs", 1, "--output_dir", "out", *flags, cwd=tmp_path)
+
+    flags = ["--dataset", "digits", "--epochs", 1, "--output_dir", "out"]
+    if script == "simCLR.py":
+        flags += ["--stages", "pretrain", "--stem", "imagenet"]
+    done = run_here(script, *flags, cwd=tmp_path)
+
     assert (done.returncode, done.stderr) == (0, "")
     assert "epoch 1/1" in done.stdout
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
 def runs(pid):
-    """Whether a process is alive: there, and not a zombie."""
+    """Whether a process is alive, and not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
@@ -148,8 +172,9 @@ def runs(pid):
 
 
 TWO = [
-    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet", "--accelerator", "cpu"],
-    *["--precision", "fp32", "--batch_size", 128, "--devices", 2, "--output_dir", "out"],
+    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet"],
+    *["--accelerator", "cpu", "--precision", "fp32", "--batch_size", 128, "--devices", 2],
+    *["--output_dir", "out"],
 ]
 
 
@@ -166,25 +191,36 @@ def undisturbed(run, tmp_path_factory):
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
 @pytest.mark.parametrize("victim", ["first", "second"])
 def test_a_killed_process_ends_the_run_which_goes_on_later(victim, undisturbed, run, tmp_path):
-    """Within a minute, whichever of the two it was; resumed, the run ends with the bits of an undisturbed one."""
+    """It ends within a minute, whichever of the two was killed.
+
+    Once resumed, it ends with the same bits as an undisturbed run.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "simCLR.py"), *map(str, TWO)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, start_new_session=True)
+    options = {"env": environment, "start_new_session": True, **pipes}
+    first = subprocess.Popen(command, cwd=tmp_path, **options)
+
     for line in first.stdout:
         if line.startswith("epoch 2/6"):
-            break  # at the latest, the first epoch's checkpoint is there
+            break  # now the first epoch's checkpoint is certainly there
+
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    (second,) = [int(pid) for pid in children if "simCLR.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+    (second,) = [pid for pid, words in commands.items() if "simCLR.py" in words]
+
     begin = time.monotonic()
     os.kill(first.pid if victim == "first" else second, signal.SIGKILL)
     _, error = first.communicate(timeout=60)
     while runs(second):
         assert time.monotonic() - begin < 60, "the second process goes on alone"
         time.sleep(0.1)
+
     assert first.returncode != 0
-    if victim == "second" and first.returncode > 0:  # else Lightning was the first to notice, and killed it
-        assert error.splitlines()[-1].startswith("simCLR.py: error: another process of this training was lost")
+    if victim == "second" and first.returncode > 0:  # otherwise Lightning noticed and killed it
+        message = "simCLR.py: error: another process of this training was lost"
+        assert error.splitlines()[-1].startswith(message)
+
     resumed = run("simCLR.py", "--resume", "out", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "epoch 1/6" not in resumed.stdout
@@ -198,7 +234,10 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(victim, undisturbed, 
 
 
 class Gradient(Callback):
-    """Keeps the gradient before the optimizer's step; with `eval_norm`, BatchNorm uses its running statistics."""
+    """Keeps the gradient that the optimizer gets.
+
+    With `eval_norm`, BatchNorm uses its running statistics.
+    """
 
     def __init__(self, eval_norm=False):
         self.eval_norm = eval_norm
@@ -213,20 +252,21 @@ class Gradient(Callback):
 
 def one_step(norm, micro, n=48, eval_norm=False, plain=True, **changes):
     """(model after one step on n digits, its gradient, its loss)."""
-    plain = {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "grayscale": 0.0} if plain else {}
-    config = simCLR.Config(
-        **{"dataset": "digits", "stem": "imagenet", "accelerator": "cpu", "precision": "fp32", "epochs": 1}
-        | {"norm": norm, "batch_size": n, "micro_batch_size": micro, "hidden_dim": 64, "embedding_dim": 32}
-        | plain
-        | changes
-    )
+    values = {"dataset": "digits", "accelerator": "cpu", "precision": "fp32", "epochs": 1}
+    values |= {"stem": "imagenet", "norm": norm, "hidden_dim": 64, "embedding_dim": 32}
+    values |= {"batch_size": n, "micro_batch_size": micro}
+    if plain:
+        values |= {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "grayscale": 0.0}
+    config = simCLR.Config(**values | changes)
+
     torch.manual_seed(0)
     encoder, dim = simCLR.build_encoder("resnet18", "imagenet", norm)
     model = simCLR.SimCLRModel(encoder, dim, config.hidden_dim, config.embedding_dim, norm).double()
     model.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+
     images = fn.load_dataset("digits").train_images[:n]
     kept, log = Gradient(eval_norm), fn.EpochLog(quiet=True)
-    trainer = fn.make_trainer(config, 1, [kept], log=log, limit_val_batches=0)
+    trainer = fn.make_trainer(config.machine, config.seed, 1, log, [kept], limit_val_batches=0)
     kind = simCLR.CachedPretraining if micro else simCLR.Pretraining
     fn.fit(trainer, kind(model, images, None, config))
     return model, kept.gradient, log.rows[0]["train_loss"]
@@ -235,7 +275,7 @@ def one_step(norm, micro, n=48, eval_norm=False, plain=True, **changes):
 @pytest.mark.parametrize("micro", [2, 7, 16, 48])
 @pytest.mark.parametrize(("norm", "eval_norm"), [("group", False), ("batch", True)])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(norm, eval_norm, micro):
-    """Gao et al. 2021: the same loss and the same gradient, to float64's rounding, whatever the micro-batch."""
+    """Gao et al. 2021: the same loss and gradient, to float64's rounding, for any micro-batch."""
     _, whole, loss = one_step(norm, None, eval_norm=eval_norm)
     _, ours, our_loss = one_step(norm, micro, eval_norm=eval_norm)
     assert our_loss == pytest.approx(loss, rel=1e-12)
@@ -243,7 +283,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(norm, eval_norm, mic
 
 
 def test_accumulating_gradients_would_not_do():
-    """What the cache is for: losses of parts of the batch have fewer negatives, and another gradient."""
+    """What the cache is for: parts of a batch have fewer negatives, and another gradient."""
     _, whole, _ = one_step("group", None)
     parts = [one_step("group", None, n=24)[1]]
     assert float((parts[0] - whole).norm() / whole.norm()) > 0.1
@@ -260,11 +300,15 @@ def test_both_passes_see_the_same_views(monkeypatch):
 
 
 def test_batchnorm_counts_each_micro_batch_once(monkeypatch):
-    """The first pass normalises by its batch but leaves the running statistics to the second: m <- 0.9 m + 0.1 mean."""
+    """The first pass normalises by its batch, but only the second updates running statistics:
+
+    m <- 0.9 m + 0.1 mean.
+    """
     seen, two_views = [], simCLR.two_views
     monkeypatch.setattr(simCLR, "two_views", lambda *a: seen.append(two_views(*a)) or seen[-1])
     model, _, _ = one_step("batch", 16, plain=False, learning_rate=1e-30)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
     assert all(int(m.num_batches_tracked) == 3 and m.track_running_stats for m in norms)
     normalize = fn.Normalize(fn.load_dataset("digits").train_images[:48])
     mean = torch.zeros(64, dtype=torch.float64)
@@ -274,7 +318,7 @@ def test_batchnorm_counts_each_micro_batch_once(monkeypatch):
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the elements that autograd keeps for the backward pass, and the most there were at a time."""
+    """Counts the elements that autograd keeps for the backward pass, now and at the most."""
 
     class Holder:
         def __init__(self, tensor):
@@ -296,7 +340,10 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 def test_memory_follows_the_micro_batch():
-    """Eight times the batch in micro-batches of the same size keeps no more; as a whole it keeps many times as much."""
+    """Eight times the batch in micro-batches of the same size needs no more memory.
+
+    As one whole batch it needs many times as much.
+    """
     most = []
     for n, micro in ((64, 32), (512, 32), (512, None)):
         kept = Kept()
@@ -308,27 +355,27 @@ def test_memory_follows_the_micro_batch():
 
 
 # ------------------------------------------------------------------------------------------------
-# Where tensors lie, on a machine without a GPU: fake CUDA tensors have a shape and a device, but no values
+# Device mix-ups fail even without a GPU: fake CUDA tensors have a shape and a device, but no values
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """fake_cuda(module) puts its parameters and buffers on a fake GPU; so do torch's functions in this test."""
-    for module in (fn, devices):
-        monkeypatch.setattr(module, "resolve_device", lambda accelerator: "cuda")
+    """fake_cuda(module) moves its parameters and buffers to a fake GPU, where the test runs."""
     monkeypatch.setattr(simCLR.Pretraining, "global_step", 0)
     monkeypatch.setattr(simCLR.Pretraining, "all_gather", lambda self, z, sync_grads: z)
     mode = FakeTensorMode()
 
+    def fake(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
     def move(module):
         with mode:
             for part in module.modules():
-                for name, p in list(part.named_parameters(recurse=False)):
-                    fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cuda")
-                    setattr(part, name, torch.nn.Parameter(fake))
-                for name, b in list(part.named_buffers(recurse=False)):
-                    setattr(part, name, torch.empty_strided(b.shape, b.stride(), dtype=b.dtype, device="cuda"))
+                for name, parameter in list(part.named_parameters(recurse=False)):
+                    setattr(part, name, torch.nn.Parameter(fake(parameter)))
+                for name, buffer in list(part.named_buffers(recurse=False)):
+                    setattr(part, name, fake(buffer))
         return module
 
     move.mode = mode
@@ -337,7 +384,8 @@ def fake_cuda(monkeypatch):
 
 def pretraining(**changes):
     config = simCLR.Config(batch_size=8, precision="bf16", accelerator="cpu", **changes)
-    model = simCLR.SimCLRModel(*simCLR.build_encoder("resnet18", config.stem, config.norm), norm=config.norm)
+    encoder = simCLR.build_encoder("resnet18", config.stem, config.norm)
+    model = simCLR.SimCLRModel(*encoder, norm=config.norm)
     return simCLR.Pretraining(model, torch.zeros(8, 3, 32, 32, dtype=torch.uint8), None, config)
 
 
@@ -345,7 +393,9 @@ def fake_images(n=8):
     return torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
 
 
-@pytest.mark.parametrize("changes", [{}, {"blur": 0.5, "stem": "imagenet"}, {"norm": "group", "crop_size": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"blur": 0.5, "stem": "imagenet"}, {"norm": "group", "crop_size": 16}]
+)
 def test_pretraining_stays_on_the_gpu(fake_cuda, changes):
     """Augment, normalise, encode, project, NT-Xent."""
     module = fake_cuda(pretraining(**changes))
@@ -362,13 +412,15 @@ def test_evaluation_stays_on_the_gpu(fake_cuda):
         labels = torch.zeros(20, dtype=torch.long, device="cuda")
         predicted = fn.knn_predict(h[:5], h[5:], labels[5:], 10, k=3)
         batches = fn.Batches(h, labels, batch_size=4, seed=0)
-        outcome = evaluation.Probe(classifier, batches, batches, 0.1, 1).training_step(next(iter(batches)), 0)
+        probe = evaluation.Probe(classifier, batches, batches, 0.1, 1)
+        outcome = probe.training_step(next(iter(batches)), 0)
+
     assert (predicted.device.type, predicted.shape) == ("cuda", (5,))
     assert {value.device.type for value in outcome.values()} == {"cuda"}
 
 
 class Steps(torch.nn.Linear):
-    """In place of the recurrent layer, for which PyTorch asks the driver even where tensors are fake."""
+    """Replaces the recurrent layer, for which PyTorch asks the driver even with fake tensors."""
 
     def forward(self, x):
         return super().forward(x), None
@@ -382,7 +434,8 @@ def test_rows_stay_on_the_gpu(fake_cuda):
     config = rnn.Config(batch_size=4, crop_padding=4, flip=True, label_smoothing=0.1)
     module = fake_cuda(rnn.RowClassification(model, splits, config))
     with fake_cuda.mode:
-        loss = module.training_step((fake_images(4), torch.zeros(4, dtype=torch.long, device="cuda")), 0)["loss"]
+        labels = torch.zeros(4, dtype=torch.long, device="cuda")
+        loss = module.training_step((fake_images(4), labels), 0)["loss"]
     assert (loss.device.type, loss.shape) == ("cuda", ())
 
 

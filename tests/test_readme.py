@@ -1,4 +1,4 @@
-"""Every command that the README and the scripts' own docstrings show is one that the scripts accept."""
+"""The scripts accept every command that a page shows, and every number on it was measured."""
 
 import csv
 import json
@@ -12,20 +12,23 @@ import yaml
 
 import functions as fn
 import rnn
-import rnn_hyperparameter_tune
+import rnn_hyperparameter_tune as tune
 import simCLR
+from contrastive.evaluation import mean_and_deviation
 from machinery import command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"rnn.py": rnn, "simCLR.py": simCLR, "rnn_hyperparameter_tune.py": rnn_hyperparameter_tune}
-TEXTS = [
-    README,
-    *(module.__doc__ or "" for module in SCRIPTS.values()),
-    *(p.read_text() for p in ROOT.glob("configs/*")),
-]
+RESULTS = (ROOT / "results/README.md").read_text()
+PAGES = {ROOT / "README.md": README, ROOT / "results/README.md": RESULTS}
+SCRIPTS = {"rnn.py": rnn, "simCLR.py": simCLR, "rnn_hyperparameter_tune.py": tune}
+
+TEXTS = [README, *(module.__doc__ or "" for module in SCRIPTS.values())]
+TEXTS += [path.read_text() for path in ROOT.glob("configs/*")]
 TEXTS += [path.read_text() for path in (ROOT / "results").rglob("*.md")]
-COMMANDS = sorted({m.strip("`") for text in TEXTS for m in re.findall(r"python \w+\.py(?: +(?!#)[^\s`#|]+)*", text)})
+
+COMMAND = r"python \w+\.py(?: +(?!#)[^\s`#|]+)*"
+COMMANDS = sorted({found.strip("`") for text in TEXTS for found in re.findall(COMMAND, text)})
 
 
 def test_there_are_commands_for_each_script():
@@ -35,10 +38,11 @@ def test_there_are_commands_for_each_script():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_accepted(command, tmp_path, monkeypatch):
-    """Parsed and validated as the script would; files and runs that an example only names are put there first."""
+    """Parsed and validated as the script would, once the files and runs that it names are there."""
     _, script, *flags = shlex.split(command)
     if "--help" in flags:
         return
+
     if "--resume" in flags:
         (tmp_path / "runs/newest").mkdir(parents=True)
         monkeypatch.setattr(command_line, "newest_run", lambda _: tmp_path / "runs/newest")
@@ -46,9 +50,11 @@ def test_command_is_accepted(command, tmp_path, monkeypatch):
         at = flags.index("--resume")
         if at + 1 < len(flags):
             flags[at + 1] = str(tmp_path / "runs/newest")
+
     if "--checkpoint" in flags:
         (tmp_path / "encoder.pt").touch()
         flags[flags.index("--checkpoint") + 1] = str(tmp_path / "encoder.pt")
+
     if "--config" in flags:
         at = flags.index("--config") + 1
         if flags[at].startswith("runs/"):
@@ -56,8 +62,11 @@ def test_command_is_accepted(command, tmp_path, monkeypatch):
             flags[at] = str(tmp_path / "config.yaml")
         else:
             flags[at] = str(ROOT / flags[at])
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)  # as many devices as an example asks for, and processes
-    monkeypatch.setattr(fn, "started_together", lambda: 8 if "--num_nodes" in flags else None)
+
+    # As many devices and processes as the examples ask for.
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    together = 8 if "--num_nodes" in flags else None
+    monkeypatch.setattr(command_line, "started_together", lambda: together)
     fn.parse_config(SCRIPTS[script].Config, flags)
 
 
@@ -73,41 +82,76 @@ def test_make_targets_exist():
     assert set(re.findall(r"`?make ([\w-]+)", README)) <= targets | {"sure"}
 
 
-def test_files_that_the_readme_links_to_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+def test_a_newcomer_reads_the_readme_in_one_go():
+    assert len(README.encode()) <= 14_000
+
+
+def test_files_that_the_pages_link_to_exist():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page}: {link}"
 
 
 def test_every_flag_the_readme_mentions_exists():
-    known = {f"--{name}" for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
+    configs = [module.Config for module in SCRIPTS.values()]
+    known = {f"--{name}" for config in configs for name in config.__dataclass_fields__}
     mentioned = set(re.findall(r"`(--\w+)", README))
     assert mentioned <= known | {"--config", "--print_config", "--help"}
 
 
 def accuracies(value):
-    """Every accuracy in a results.json, wherever it stands, as the README writes it."""
+    """Every accuracy in a results.json, wherever it stands, as the pages write it."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from accuracies(inner)
     if isinstance(value, dict):
         for key, inner in value.items():
             if key.endswith("accuracy") and isinstance(inner, float):
                 yield f"{100 * inner:.1f} %"
+            if key.endswith("accuracies"):
+                yield mean_and_deviation(inner)
             yield from accuracies(inner)
 
 
-def test_every_accuracy_in_the_readme_stands_in_the_results():
-    """Each row of the tables and each docstring names the folder whose results.json has its percentages."""
-    rows = [line for line in README.splitlines() if "](results/" in line and line.startswith("|")]
-    assert len(rows) >= 3
-    rows += [text[text.index("Measured") :] for module in SCRIPTS.values() if "Measured" in (text := module.__doc__)]
-    for row in rows:
-        folder = re.search(r"\((results/[\w-]+)", row).group(1)
-        measured = set(accuracies(json.loads((ROOT / folder / "results.json").read_text())))
-        quoted = set(re.findall(r"[\d.]+ %", row))
+def rows_with_numbers():
+    """Each row of a table that names the folder of its numbers, and each docstring that does."""
+    for page, text in PAGES.items():
+        prefix = "results/" if page.parent == ROOT else ""
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        for row in rows:
+            if found := re.search(rf"\]\({prefix}([\w-]+)\) \|$", row):
+                yield row, found[1]
+    for module in SCRIPTS.values():
+        if "Measured" in module.__doc__:
+            text = module.__doc__[module.__doc__.index("Measured") :]
+            yield text, re.search(r"\(results/([\w-]+)\)", text)[1]
+
+
+def test_every_accuracy_on_a_page_stands_in_the_results():
+    rows = list(rows_with_numbers())
+    assert len(rows) >= 10
+    for row, folder in rows:
+        measured = set(accuracies(results_of(folder)))
+        quoted = set(re.findall(r"[\d.]+(?: ± [\d.]+)? %", row))
         assert quoted
         assert quoted <= measured, f"{quoted - measured} in {row}"
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/results.json")), ids=lambda file: file.parent.name)
+def test_the_table_of_few_labels_is_that_of_the_results():
+    results = results_of("digits")
+    kinds = [results["baselines"]["raw_pixels"], results["baselines"]["untrained_encoder"], results]
+    for same_count in zip(*(kind["few_labels"] for kind in kinds), strict=True):
+        row = [str(same_count[0]["labels_per_class"])]
+        for few in same_count:
+            row.append(mean_and_deviation(few["knn_accuracies"]))
+            row.append(mean_and_deviation(few["probe_accuracies"]))
+        assert f"| {' | '.join(row)} |" in RESULTS
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("results/*/results.json")), ids=lambda file: file.parent.name
+)
 def test_results_were_made_by_a_committed_state(file):
     results = json.loads(file.read_text())
     assert results["git_commit"]
@@ -118,7 +162,7 @@ def results_of(name):
     return json.loads((ROOT / "results" / name / "results.json").read_text())
 
 
-NETWORKS = [  # the first words of a row in the README, its folder and cell
+NETWORKS = [  # the first words of a row in results/README.md, its folder and cell
     ("RNN", "rnn", "rnn"),
     ("LSTM", "rnn", "lstm"),
     ("GRU", "rnn", "gru"),
@@ -134,46 +178,59 @@ NETWORKS = [  # the first words of a row in the README, its folder and cell
 @pytest.mark.parametrize(("words", "folder", "cell"), NETWORKS)
 def test_the_rows_of_recurrent_networks_are_those_of_the_results(words, folder, cell):
     outcome = results_of(folder)["cells"][cell]
-    train, validation, test = (100 * outcome[f"{split}_accuracy"] for split in ("train", "validation", "test"))
-    row = [words, str(outcome["best_epoch"]), f"{train:.1f} %", f"{validation:.1f} %", f"{train - validation:.1f}"]
+    splits = ("train", "validation", "test")
+    train, validation, test = (100 * outcome[f"{split}_accuracy"] for split in splits)
+
+    row = [words, str(outcome["best_epoch"]), f"{train:.1f} %", f"{validation:.1f} %"]
+    row.append(f"{train - validation:.1f}")
     row.append(f"**{test:.1f} %**" if folder == "rnn-best" else f"{test:.1f} %")
     if not words.startswith("seed"):
         row += [f"{outcome['parameters']:,}", fn.format_time(outcome["seconds"])]
-    assert f"| {' | '.join(row)} | [{folder}](results/{folder}) |" in README
+    assert f"| {' | '.join(row)} | [{folder}]({folder}) |" in RESULTS
 
 
-@pytest.mark.parametrize(("sampler", "folder"), [("TPE", "rnn-study"), ("random", "rnn-study-random")])
+@pytest.mark.parametrize(
+    ("sampler", "folder"), [("TPE", "rnn-study"), ("random", "rnn-study-random")]
+)
 def test_the_table_of_samplers_is_that_of_the_results(sampler, folder):
     study = results_of(folder)["study"]
-    row = [sampler, f"{study['best_value']:.4f}", *(f"{study[k]:.0f}" for k in ("pruned", "epochs", "epochs_saved"))]
-    assert f"| {' | '.join(row)} |" in README
+    row = [sampler, f"{study['best_value']:.4f}"]
+    row += [f"{study[key]:.0f}" for key in ("pruned", "epochs", "epochs_saved")]
+    assert f"| {' | '.join(row)} |" in RESULTS
 
 
-def test_what_the_readme_says_of_the_extended_study():
+def test_what_the_page_says_of_the_extended_study():
     study = results_of("rnn-study-extended")["study"]
     words = (
-        f"({study['best_value']:.4f} at best; {study['pruned']} trials pruned, {study['epochs_saved']} of 600 epochs"
+        f"({study['best_value']:.4f} at best; {study['pruned']} trials pruned, "
+        f"{study['epochs_saved']} of 600 epochs"
     )
-    assert words in README
+    assert words in RESULTS
+
     with open(ROOT / "results/rnn-study-extended/trials.csv") as file:
         complete = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
     best = sorted(complete, key=lambda row: float(row["value"]))[:10]
     names = ("cell", "num_layers", "hidden_size", "bidirectional", "flip", "crop_padding")
-    assert {tuple(row[name] for name in names) for row in best} == {("gru", "2", "128", "True", "True", "0")}
+    drawn = {tuple(row[name] for name in names) for row in best}
+    assert drawn == {("gru", "2", "128", "True", "True", "0")}
 
 
 def test_the_table_per_class_is_that_of_the_results():
     networks = {cell.upper(): outcome for cell, outcome in results_of("rnn")["cells"].items()}
     networks["best LSTM"] = results_of("rnn-best")["cells"]["lstm"]
     for name, outcome in networks.items():
-        assert " | ".join([f"| {name}", *(f"{100 * share:.1f}" for share in outcome["per_class"].values())]) in README
+        shares = [f"{100 * share:.1f}" for share in outcome["per_class"].values()]
+        assert " | ".join([f"| {name}", *shares]) in RESULTS
 
 
 def test_the_table_of_the_study_is_that_of_the_results():
     study = results_of("rnn-study")["study"]
     for trial in study["best_trials"]:
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial["params"].values()]
-        assert " | ".join([f"| {trial['trial']}", f"{trial['value']:.4f}", *values]) + " |" in README
+        row = " | ".join([f"| {trial['trial']}", f"{trial['value']:.4f}", *values])
+        assert row + " |" in RESULTS
+
+    pruned = f"pruned {study['pruned']} of {study['trials']} trials"
+    assert f"{pruned} and saved {study['epochs_saved']:,.0f} of" in RESULTS
     epochs = study["epochs"] + study["epochs_saved"]
-    assert f"pruned {study['pruned']} of {study['trials']} trials and saved {study['epochs_saved']:,.0f} of" in README
-    assert f"{epochs:,.0f} epochs" in README
+    assert f"{epochs:,.0f} epochs" in RESULTS

@@ -1,4 +1,4 @@
-"""A run is never lost: killed at any moment and resumed, it ends with the very bits of one that never stopped."""
+"""No run is lost: killed at any moment and resumed, it ends with the bits of one never stopped."""
 
 import csv
 import json
@@ -24,13 +24,17 @@ from machinery import files, training
 
 SHORT = {
     "simCLR.py": [
-        *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64, "--accelerator", "cpu"],
-        *["--precision", "fp32", "--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
+        *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64],
+        *["--accelerator", "cpu", "--precision", "fp32"],
+        *["--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
     ],
-    "rnn.py": ["--epochs", 12, "--image_size", 8, "--batch_size", 8, "--cell", "all", "--learning_rate", 0.01],
+    "rnn.py": [
+        *["--epochs", 12, "--image_size", 8, "--batch_size", 8],
+        *["--cell", "all", "--learning_rate", 0.01],
+    ],
     "rnn_hyperparameter_tune.py": ["--epochs", 2, "--image_size", 8, "--n_trials", 13],
 }
-OF_TIME = ("second", "git", "best_config")  # what two runs of one configuration need not share
+OF_TIME = ("second", "git", "best_config")  # may differ between two runs of one configuration
 
 
 def timeless(value):
@@ -38,12 +42,13 @@ def timeless(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if not any(word in str(k) for word in OF_TIME)}
+        kept = [key for key in value if not any(word in str(key) for word in OF_TIME)]
+        return {key: timeless(value[key]) for key in kept}
     return [timeless(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def bits(folder):
-    """All that a run leaves but times and pictures: numbers, weights, the optimizer's state, the study's trials."""
+    """All that a run leaves except times and figures: numbers, weights, optimizer state, trials."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
@@ -78,7 +83,7 @@ def assert_same_bits(folder, reference):
 
 @pytest.fixture(scope="module")
 def uninterrupted(image_folder, tmp_path_factory):
-    """uninterrupted(script) -> the folder of a run that nothing disturbed, and the seconds it took."""
+    """uninterrupted(script) -> the folder of an undisturbed run, and the seconds it took."""
     done = {}
 
     def reference(script):
@@ -86,8 +91,7 @@ def uninterrupted(image_folder, tmp_path_factory):
             cwd = tmp_path_factory.mktemp("reference")
             finish(start(script, "--help", cwd=cwd), cwd)  # now everything is imported
             begin = time.monotonic()
-            flags = ["--dataset", image_folder, "--data_dir", image_folder.parent / "data", "--output_dir", "out"]
-            finish(start(script, *flags, *SHORT[script], cwd=cwd), cwd)
+            finish(begin_or_resume(script, image_folder, cwd), cwd)
             done[script] = cwd / "out", time.monotonic() - begin
         return done[script]
 
@@ -95,23 +99,25 @@ def uninterrupted(image_folder, tmp_path_factory):
 
 
 def begin_or_resume(script, image_folder, cwd):
-    """Start the run, or go on with it where it has got so far as to be one."""
+    """Start the run, or resume it once its folder is there."""
     if (cwd / "out/config.yaml").is_file():
         return start(script, "--resume", "out", cwd=cwd)
-    flags = ["--dataset", image_folder, "--data_dir", image_folder.parent / "data", "--output_dir", "out"]
-    return start(script, *flags, *SHORT[script], cwd=cwd)
+    data = ["--dataset", image_folder, "--data_dir", image_folder.parent / "data"]
+    return start(script, *data, "--output_dir", "out", *SHORT[script], cwd=cwd)
 
 
 def torture(script, kills, uninterrupted, image_folder, cwd, seed=0):
-    """Kill a run at random moments and resume it, again and again; a run that comes to its end is compared."""
+    """Kill a run at random moments and resume it, again and again; compare each finished run."""
     reference, seconds = uninterrupted(script)
     draw, compared, survived = random.Random(seed), 0, 0
+
     while survived < kills or compared == 0:
         process = begin_or_resume(script, image_folder, cwd)
         if survived < kills:
             process.join(draw.uniform(0, seconds))
         else:
             process.join(300)
+
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -122,6 +128,7 @@ def torture(script, kills, uninterrupted, image_folder, cwd, seed=0):
             assert not list((cwd / "out").rglob("*.part"))
             shutil.rmtree(cwd / "out")
             compared += 1
+
     print(f"{script}: {survived} kills, {compared} runs compared, uninterrupted {seconds:.1f} s")
     return compared
 
@@ -134,7 +141,7 @@ def test_torture(script, uninterrupted, image_folder, tmp_path):
 
 
 def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_folder, tmp_path):
-    """Killed in the third of four epochs."""
+    """It is killed in the third of four epochs."""
     reference, _ = uninterrupted("simCLR.py")
     process = begin_or_resume("simCLR.py", image_folder, tmp_path)
     while "epoch 2/4" not in output(process, tmp_path) and process.is_alive():
@@ -142,6 +149,7 @@ def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_fo
     process.kill()
     process.join()
     text = finish(begin_or_resume("simCLR.py", image_folder, tmp_path), tmp_path)
+
     assert "epoch 1/4" not in text
     assert "epoch 4/4" in text
     assert_same_bits(tmp_path / "out", reference)
@@ -157,7 +165,8 @@ TINY = ["--image_size", 8, "--batch_size", 32]
 @pytest.fixture
 def short_rnn(image_folder, run_here, tmp_path):
     """The folder of a finished run of three epochs."""
-    done = run_here("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 3, "--output_dir", "out", cwd=tmp_path)
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 3, "--output_dir", "out"]
+    done = run_here("rnn.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return tmp_path / "out"
 
@@ -175,7 +184,9 @@ def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, r
     done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "--epochs raised from 3 to 5" in done.stdout
-    five = run_here("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 5, "--output_dir", "five", cwd=cwd)
+
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 5, "--output_dir", "five"]
+    five = run_here("rnn.py", *flags, cwd=cwd)
     assert five.returncode == 0, five.stderr
     assert_same_bits(short_rnn, cwd / "five")
     assert "is finished" in run_here("rnn.py", "--resume", "out", cwd=cwd).stdout
@@ -184,7 +195,7 @@ def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, r
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--epochs", 2], ["--epochs 3"]),  # fewer than there were is no continuation
+        (["--epochs", 2], ["--epochs 3"]),  # fewer epochs cannot continue a run
         (["--seed", 1, "--cell", "gru"], ["--cell rnn", "--seed 0"]),
         (["--learning_rate", 0.1], ["--learning_rate 0.00022"]),
     ],
@@ -198,8 +209,9 @@ def test_another_configuration_is_refused_by_name(short_rnn, run_here, flags, na
 
 
 def test_simclr_does_not_raise_its_epochs(tmp_path, run_here):
-    """Its cosine schedule spans them: more epochs would have been other epochs from the first on."""
-    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 1, "--output_dir", "out"]
+    """Its cosine schedule spans them: with more epochs, all of them would have been different."""
+    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet"]
+    flags += ["--epochs", 1, "--output_dir", "out"]
     assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
     done = run_here("simCLR.py", "--resume", "out", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 2
@@ -208,12 +220,16 @@ def test_simclr_does_not_raise_its_epochs(tmp_path, run_here):
 
 def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_folder, run_here):
     cwd = short_rnn.parent
-    flags = ["--dataset", image_folder, *TINY, "--epochs", 3, "--max_time", "00:00:00:00", "--output_dir", "parts"]
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 3]
+    flags += ["--max_time", "00:00:00:00", "--output_dir", "parts"]
     done = run_here("rnn.py", *flags, cwd=cwd)
+
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "--max_time is over; continue with: python rnn.py --resume parts"
+    last = done.stdout.splitlines()[-1]
+    assert last == "--max_time is over; continue with: python rnn.py --resume parts"
     assert not (cwd / "parts/results.json").exists()
     assert sum(1 for _ in (cwd / "parts/metrics.csv").open()) == 2, "one epoch is always trained"
+
     again = run_here("rnn.py", "--resume", "parts", "--max_time", "00:00:00:00", cwd=cwd)
     assert "epoch 2/3" in again.stdout
     assert run_here("rnn.py", "--resume", "parts", cwd=cwd).returncode == 0
@@ -222,11 +238,14 @@ def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_fol
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_micro_batches_resume_exactly(precision, run_here, tmp_path):
-    """Their views follow from the step, which a resumed run goes on counting."""
-    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 2, "--knn_k", 5]
-    flags += ["--batch_size", 500, "--micro_batch_size", 250, "--precision", precision, "--accelerator", "cpu"]
+    """Their views follow from the step, and a resumed run continues its count."""
+    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet"]
+    flags += ["--epochs", 2, "--knn_k", 5, "--batch_size", 500, "--micro_batch_size", 250]
+    flags += ["--precision", precision, "--accelerator", "cpu"]
     assert run_here("simCLR.py", *flags, "--output_dir", "whole", cwd=tmp_path).returncode == 0
-    parts = run_here("simCLR.py", *flags, "--max_time", "00:00:00:00", "--output_dir", "parts", cwd=tmp_path)
+
+    one_epoch = ["--max_time", "00:00:00:00", "--output_dir", "parts"]
+    parts = run_here("simCLR.py", *flags, *one_epoch, cwd=tmp_path)
     assert "epoch 2/2" not in parts.stdout
     assert run_here("simCLR.py", "--resume", "parts", cwd=tmp_path).returncode == 0
     assert_same_bits(tmp_path / "parts", tmp_path / "whole")
@@ -239,7 +258,8 @@ def test_max_time_leaves_room_for_the_next_epoch(tmp_path, monkeypatch):
         log.rows = [{"epoch": 1, "seconds": seconds}]
         limit = training.TimeLimit("00:00:01:00", log)
         monkeypatch.setattr(training.time, "monotonic", lambda: training.STARTED + 50)
-        trainer = SimpleNamespace(should_stop=False, strategy=SimpleNamespace(broadcast=lambda value: value))
+        strategy = SimpleNamespace(broadcast=lambda value: value)
+        trainer = SimpleNamespace(should_stop=False, strategy=strategy)
         limit.on_train_epoch_end(trainer, None)
         assert trainer.should_stop == stops
 
@@ -249,32 +269,38 @@ def test_a_torn_last_line_of_the_metrics_is_mended(short_rnn, run_here):
     (short_rnn / "results.json").unlink()
     text = (short_rnn / "metrics.csv").read_bytes()
     (short_rnn / "metrics.csv").write_bytes(text[:-9])
-    checkpoints = short_rnn / "checkpoints"
-    (checkpoints / "previous-last.ckpt").replace(checkpoints / "last.ckpt")  # killed in the third epoch
+
+    checkpoints = short_rnn / "checkpoints"  # as if killed in the third epoch
+    (checkpoints / "previous-last.ckpt").replace(checkpoints / "last.ckpt")
+
     done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
     assert done.returncode == 0, done.stderr
     assert bits(short_rnn) == whole
 
 
 def test_ctrl_c_says_how_to_resume(image_folder, tmp_path):
-    process = start("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 500, "--output_dir", "out", cwd=tmp_path)
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 500, "--output_dir", "out"]
+    process = start("rnn.py", *flags, cwd=tmp_path)
     while not (tmp_path / "out/checkpoints/last.ckpt").is_file() and process.is_alive():
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
+
     assert process.exitcode == 130
     last = output(process, tmp_path).splitlines()[-1]
     assert last == "rnn.py: interrupted; continue with: python rnn.py --resume out"
 
 
 def test_two_processes_do_not_share_a_run(image_folder, run_here, tmp_path):
-    """The second is refused; when the first ends, in whatever way, its run can be resumed."""
-    process = start("rnn.py", "--dataset", image_folder, *TINY, "--epochs", 99, "--output_dir", "out", cwd=tmp_path)
+    """The second is refused; once the first has ended, in any way, its run can be resumed."""
+    flags = ["--dataset", image_folder, *TINY, "--epochs", 99, "--output_dir", "out"]
+    process = start("rnn.py", *flags, cwd=tmp_path)
     while not (tmp_path / "out/metrics.csv").is_file() and process.is_alive():
         time.sleep(0.02)
     done = run_here("rnn.py", "--resume", "out", cwd=tmp_path)
     assert done.returncode == 2
     assert "another process is at work there" in done.stderr
+
     process.kill()
     process.join()
     flags = ["--resume", "out", "--max_time", "00:00:00:00"]
@@ -283,12 +309,15 @@ def test_two_processes_do_not_share_a_run(image_folder, run_here, tmp_path):
 
 def test_runs_of_the_same_second_get_folders_of_their_own(image_folder, tmp_path):
     flags = ["--dataset", image_folder, "--data_dir", "data", *TINY, "--epochs", 1]
-    processes = [start("rnn.py", *flags, cwd=tmp_path) for _ in range(4)]  # all decode the folder at once, too
+    processes = [start("rnn.py", *flags, cwd=tmp_path) for _ in range(4)]
     texts = [finish(process, tmp_path) for process in processes]
+
     runs = list((tmp_path / "runs").iterdir())
+    results = [json.loads((folder / "results.json").read_text()) for folder in runs]
     assert len(runs) == 4
-    losses = {json.dumps(timeless(json.loads((folder / "results.json").read_text()))) for folder in runs}
-    assert len(losses) == 1, texts
+    assert len({json.dumps(timeless(result)) for result in results}) == 1, texts
+
+    # All four decoded the images at once, too.
     (cache,) = (tmp_path / "data/cache").iterdir()
     assert torch.load(cache, weights_only=True).shape == (324, 3, 8, 8)
 
@@ -321,9 +350,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, short_rnn, run_h
     (short_rnn / "results.json").unlink()
     damage(short_rnn / "checkpoints/last.ckpt", how)
     done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
-        "warning: out/checkpoints/last.ckpt is damaged; going on from out/checkpoints/previous-last.ckpt"
+        "warning: out/checkpoints/last.ckpt is damaged; "
+        "going on from out/checkpoints/previous-last.ckpt"
     ]
     assert "epoch 3/3" in done.stdout
     assert "epoch 2/3" not in done.stdout
@@ -332,7 +363,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, short_rnn, run_h
 
 
 def test_the_test_of_code_can_fail(tmp_path, monkeypatch):
-    """Loaded without weights_only, such a checkpoint does what it likes."""
+    """Loaded without weights_only, such a checkpoint runs its code."""
     monkeypatch.chdir(tmp_path)
     damage(tmp_path / "x.ckpt", "code")
     torch.load("x.ckpt", weights_only=False)
@@ -340,7 +371,7 @@ def test_the_test_of_code_can_fail(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_is_noticed(short_rnn):
-    """In the middle of the weights, where torch.load alone reads it as another number."""
+    """In the middle of the weights, torch.load alone would just read another number."""
     file = short_rnn / "checkpoints/last.ckpt"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -351,7 +382,7 @@ def test_a_flipped_bit_is_noticed(short_rnn):
 
 
 def test_falling_back_never_costs_the_sound_checkpoint(short_rnn, run_here, monkeypatch):
-    """Killed between the two renames of the first save after a fall-back, a run can still go on."""
+    """A run killed between the two renames of its first save after falling back can go on."""
     (short_rnn / "results.json").unlink()
     damage(short_rnn / "checkpoints/last.ckpt", "cut")
     replace, calls = os.replace, []
@@ -360,13 +391,13 @@ def test_falling_back_never_costs_the_sound_checkpoint(short_rnn, run_here, monk
         if Path(target).name == "last.ckpt":
             calls.append(target)
             if len(calls) == 1:
-                raise KeyboardInterrupt  # before the new checkpoint has its name
+                raise KeyboardInterrupt  # before the new checkpoint is renamed
         replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", killed)
         assert run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent).returncode == 130
-    assert fn.newest_sound(short_rnn / "checkpoints/last.ckpt") is not None
+    assert training.newest_sound(short_rnn / "checkpoints/last.ckpt") is not None
 
 
 @pytest.mark.parametrize("how", ["gone", "code"])
@@ -375,8 +406,12 @@ def test_the_best_weights_do_not_hang_on_their_file(how, short_rnn, run_here):
     whole = bits(short_rnn)
     (short_rnn / "results.json").unlink()
     best = short_rnn / "checkpoints/best.ckpt"
-    _ = best.unlink() if how == "gone" else damage(best, how)
+    if how == "gone":
+        best.unlink()
+    else:
+        damage(best, how)
     done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+
     assert (done.returncode, done.stderr) == (0, "")
     results = timeless(json.loads((short_rnn / "results.json").read_text()))
     assert results == whole["results.json"]
@@ -387,6 +422,7 @@ def test_without_a_sound_checkpoint_there_is_one_line(short_rnn, run_here):
     for file in (short_rnn / "checkpoints").glob("*last.ckpt"):
         damage(file, "code")
     done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
+
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "out/checkpoints" in line
@@ -395,27 +431,34 @@ def test_without_a_sound_checkpoint_there_is_one_line(short_rnn, run_here):
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(short_rnn, run_here):
-    """No file may grow beyond what the first checkpoint needed: the next, after the epochs were raised, has no room."""
+    """No file may grow beyond half a checkpoint: there is no room for that of the fourth epoch."""
     most = (short_rnn / "checkpoints/last.ckpt").stat().st_size // 2
     before = bits(short_rnn)
     command = [sys.executable, str(ROOT / "rnn.py"), "--resume", "out", "--epochs", "5"]
-    done = subprocess.run(
-        *(command,),
-        cwd=short_rnn.parent,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
-    )
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    options = {"capture_output": True, "text": True, "preexec_fn": limit}
+    done = subprocess.run(command, cwd=short_rnn.parent, **options)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("rnn.py: error: out/checkpoints/")
     assert "could not be written (File too large); what was written before is whole" in line
     assert line.endswith("then continue with: python rnn.py --resume out")
-    assert {k: v for k, v in bits(short_rnn).items() if "ckpt" in k} == {k: v for k, v in before.items() if "ckpt" in k}
-    assert run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent).returncode == 0
+
+    def checkpoints(found):
+        return {name: value for name, value in found.items() if "ckpt" in name}
+
+    assert checkpoints(bits(short_rnn)) == checkpoints(before)
+
+    again = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent)
+    assert again.returncode == 0
 
 
-def test_a_diverged_run_names_the_step_and_the_last_good_checkpoint(short_rnn, run_here, monkeypatch):
+def test_a_diverged_run_names_the_step_and_the_last_good_checkpoint(
+    short_rnn, run_here, monkeypatch
+):
     """The fourth epoch's second loss is not a number."""
     steps_per_epoch = 9
     step, calls = fn.Classification._step, []
@@ -430,10 +473,12 @@ def test_a_diverged_run_names_the_step_and_the_last_good_checkpoint(short_rnn, r
     monkeypatch.setattr(fn.Classification, "_step", spoiled)
     done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent)
     assert done.returncode == 2
+
     (line,) = done.stderr.splitlines()
     assert "start a new run with a lower --learning_rate" in line
     assert f"epoch 4, step {3 * steps_per_epoch + 2}, learning rate 0.00022" in line
     assert "last good checkpoint: out/checkpoints/last.ckpt" in line
+
     saved = torch.load(short_rnn / "checkpoints/last.ckpt", weights_only=True)
     assert saved["epoch"] == 2
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())

@@ -1,4 +1,4 @@
-"""Each script, end to end, on tiny data, as a user runs it; and what it says when something is wrong."""
+"""Each script from end to end, on tiny data, as a user runs it."""
 
 import contextlib
 import csv
@@ -20,18 +20,13 @@ import functions as fn
 import simCLR
 
 COMMON = {
-    "script",
-    "dataset",
-    "seed",
-    "device",
-    "precision",
-    "threads",
-    "versions",
-    "git_commit",
-    "git_dirty",
-    "seconds",
+    *("script", "dataset", "seed", "device", "precision", "threads"),
+    *("versions", "git_commit", "git_dirty", "seconds"),
 }
-FAST_SIMCLR = ["--image_size", 8, "--stem", "imagenet", "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3]
+FAST_SIMCLR = [
+    *["--image_size", 8, "--stem", "imagenet", "--batch_size", 32],
+    *["--knn_k", 5, "--probe_epochs", 3],
+]
 
 
 def is_png(file):
@@ -42,7 +37,8 @@ def is_png(file):
 @pytest.fixture(scope="module")
 def simclr_run(image_folder, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("simclr")
-    done = run("simCLR.py", "--dataset", image_folder, "--epochs", 2, "--output_dir", "out", *FAST_SIMCLR, cwd=folder)
+    flags = ["--dataset", image_folder, "--epochs", 2, "--output_dir", "out", *FAST_SIMCLR]
+    done = run("simCLR.py", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out", done
 
@@ -51,17 +47,22 @@ def test_simclr_leaves_the_documented_run_folder(simclr_run):
     out, _ = simclr_run
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"pretrain", "baselines", "knn", "probe"}
+
     wanted = {"epochs", "steps", "seconds", "pairs_per_second", "final_loss", "normalize"}
     assert set(results["pretrain"]) == wanted
     assert (results["pretrain"]["epochs"], results["pretrain"]["steps"]) == (2, 2 * (300 // 32))
+
     assert set(results["probe"]) == {"train_accuracy", "test_accuracy", "per_class"}
     assert set(results["probe"]["per_class"]) == {"red", "green", "blue"}
     assert results["knn"]["accuracy"] > 0.9, "colours are told apart by almost any features"
+
     for figure in ("views", "pretraining", "probe", "confusion_matrix", "tsne"):
         assert is_png(out / f"{figure}.png")
+
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "knn_accuracy", "learning_rate", "images_per_second"} <= set(rows[0])
+
     assert list((out / "checkpoints").glob("*.ckpt"))
     assert list(out.rglob("events.out.tfevents*"))
     assert not list(out.rglob("*.part"))
@@ -70,7 +71,8 @@ def test_simclr_leaves_the_documented_run_folder(simclr_run):
 def test_simclr_prints_one_line_per_epoch_and_no_noise(simclr_run):
     _, done = simclr_run
     assert done.stderr == ""
-    assert len(re.findall(r"^epoch \d/2  train loss [\d.]+  k-NN [\d.]+ %.*images/s", done.stdout, re.M)) == 2
+    line = r"^epoch \d/2  train loss [\d.]+  k-NN [\d.]+ %.*images/s"
+    assert len(re.findall(line, done.stdout, re.M)) == 2
     assert "hardest classes" in done.stdout
     assert re.search(r"pretrained encoder +[\d.]+ % +[\d.]+ %", done.stdout)
     for noise in ("Warning", "warn", "GPU available", "\r", "it/s"):
@@ -88,11 +90,14 @@ def test_encoder_file_loads_into_torchvision(simclr_run):
     torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
 
 
-@pytest.mark.parametrize("file", ["encoder.pt", pytest.param("checkpoints/last.ckpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "file", ["encoder.pt", pytest.param("checkpoints/last.ckpt", marks=pytest.mark.slow)]
+)
 def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tmp_path, file):
     """The k-NN accuracy of a saved encoder is the one that its own run reported."""
     out, _ = simclr_run
-    flags = ["--stages", "knn", "--checkpoint", out / file, "--baselines", "false", "--output_dir", "again"]
+    flags = ["--stages", "knn", "--checkpoint", out / file]
+    flags += ["--baselines", "false", "--output_dir", "again"]
     done = run("simCLR.py", "--dataset", image_folder, *flags, *FAST_SIMCLR, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((f / "results.json").read_text()) for f in (out, tmp_path / "again"))
@@ -112,24 +117,29 @@ def test_config_of_a_run_repeats_it(simclr_run, run, tmp_path):
 
 
 def test_simclr_on_a_flat_folder_without_classes(image_folder, run_here, tmp_path):
-    flags = ["--stages", "pretrain", "--epochs", 1, "--output_dir", "out"]
-    done = run_here("simCLR.py", "--dataset", image_folder / "train" / "red", *flags, *FAST_SIMCLR, cwd=tmp_path)
+    flags = ["--dataset", image_folder / "train" / "red", *FAST_SIMCLR]
+    flags += ["--stages", "pretrain", "--epochs", 1, "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "encoder.pt").is_file()
     assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == COMMON | {"pretrain"}
 
 
 def test_rnn_all_cells(image_folder, run, tmp_path):
-    flags = ["--cell", "all", "--epochs", 2, "--image_size", 8, "--batch_size", 16, "--learning_rate", 0.01]
-    done = run("rnn.py", "--dataset", image_folder, *flags, "--output_dir", "out", cwd=tmp_path)
+    flags = ["--cell", "all", "--epochs", 2, "--image_size", 8, "--batch_size", 16]
+    flags += ["--learning_rate", 0.01, "--output_dir", "out"]
+    done = run("rnn.py", "--dataset", image_folder, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"cells"}
     assert list(results["cells"]) == ["rnn", "lstm", "gru"]
+
+    wanted = {"best_epoch", "validation_accuracy", "test_accuracy", "per_class"}
+    wanted |= {"seconds", "images_per_second"}
     for cell, outcome in results["cells"].items():
-        wanted = {"best_epoch", "validation_accuracy", "test_accuracy", "per_class", "seconds", "images_per_second"}
         assert wanted <= set(outcome)
         assert set(outcome["per_class"]) == {"red", "green", "blue"}
         assert len(outcome["accuracy_by_rows"]) == len(outcome["gradient_by_row"]) == 8
@@ -137,6 +147,7 @@ def test_rnn_all_cells(image_folder, run, tmp_path):
         assert is_png(out / cell / "confusion_matrix.png")
         assert len(list(csv.DictReader((out / cell / "metrics.csv").open()))) == 2
         assert f"training {cell}" in done.stdout
+
     assert is_png(out / "curves.png")
     assert is_png(out / "rows.png")
     assert done.stdout.count("hardest classes") == 3
@@ -148,24 +159,29 @@ def test_tuner_finds_a_configuration_that_rnn_trains(image_folder, run_here, tmp
     done = run_here("rnn_hyperparameter_tune.py", "--dataset", image_folder, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
     out = tmp_path / "study"
     results = json.loads((out / "results.json").read_text())
     assert set(results) == COMMON | {"study", "best_config"}
+
     spent = {"epochs", "epochs_saved", "seconds", "seconds_saved"}
     outcome = {"trials", "pruned", "failed", "workers", "best_value", "best_params", "best_trials"}
     assert outcome | spent == set(results["study"])
     assert results["study"]["trials"] == 3
     assert is_png(out / "history.png")
     assert len(re.findall(r"^trial \d/3 ", done.stdout, re.M)) == 3
+
     best = yaml.safe_load((out / "best_config.yaml").read_text())
     assert results["study"]["best_params"].items() <= best.items()
-    done = run_here("rnn.py", "--config", results["best_config"], "--epochs", 1, "--output_dir", "refit", cwd=tmp_path)
+    flags = ["--config", results["best_config"], "--epochs", 1, "--output_dir", "refit"]
+    done = run_here("rnn.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_in_one_line(image_folder, run, tmp_path):
-    flags = ["--image_size", 8, "--batch_size", 16, "--learning_rate", 1e30, "--epochs", 3, "--output_dir", "out"]
+    flags = ["--image_size", 8, "--batch_size", 16, "--learning_rate", 1e30]
+    flags += ["--epochs", 3, "--output_dir", "out"]
     done = run("rnn.py", "--dataset", image_folder, *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -176,16 +192,19 @@ def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp
     """Under a pseudo-terminal: a bar with the time left, and the epoch lines above it."""
     here, there = pty.openpty()
     termios.tcsetwinsize(there, (40, 120))
-    flags = ["--dataset", str(image_folder), "--image_size", "8", "--epochs", "3", "--output_dir", "out"]
+    flags = ["--dataset", str(image_folder), "--image_size", "8"]
+    flags += ["--epochs", "3", "--output_dir", "out"]
     command = [sys.executable, fn.__file__.replace("functions.py", "rnn.py"), *flags]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=there, stderr=there, stdin=there)
     os.close(there)
+
     screen = b""
-    with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while block := os.read(here, 4096):
             screen += block
     os.close(here)
     assert process.wait() == 0, screen
+
     text = screen.decode()
     assert re.search(r"epoch 2/3: +\d+%\|.*<\d\d:\d\d", text)
     assert len(re.findall(r"epoch \d/3  train loss", text)) == 3
@@ -194,9 +213,10 @@ def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp
 @pytest.mark.slow
 def test_the_demo_beats_the_untrained_encoder(run, tmp_path):
     """What `make demo` runs: pretraining without labels must help where labels are few."""
-    root = fn.Path(fn.__file__).parent
-    done = run("simCLR.py", "--config", root / "configs/digits.yaml", "--output_dir", "out", cwd=tmp_path)
+    config = fn.Path(fn.__file__).parent / "configs/digits.yaml"
+    done = run("simCLR.py", "--config", config, "--output_dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
     results = json.loads((tmp_path / "out/results.json").read_text())
     untrained = results["baselines"]["untrained_encoder"]
     assert results["knn"]["accuracy"] > untrained["knn"]["accuracy"] + 0.02

@@ -1,4 +1,4 @@
-"""The tuner: every value it draws reaches the model and the optimiser, and what it finds can be trained."""
+"""The tuner: what it draws reaches model and optimiser, and rnn.py can train what it finds."""
 
 import contextlib
 import csv
@@ -47,6 +47,7 @@ def test_every_suggested_value_reaches_model_and_optimiser(cell, name, value):
     module = rnn.RowClassification(rnn.build_model(config, cell, images, 4), splits, config)
     optimiser = module.configure_optimizers()["optimizer"]
     recurrent, head = module.model.recurrent, module.model.head
+
     assert type(recurrent) is rnn.CELLS[cell]
     built = {
         "hidden_size": recurrent.hidden_size,
@@ -57,6 +58,7 @@ def test_every_suggested_value_reaches_model_and_optimiser(cell, name, value):
         "learning_rate": optimiser.param_groups[0]["lr"],
         "weight_decay": optimiser.param_groups[0]["weight_decay"],
     }
+
     assert built == params
     assert (config.epochs, config.seed, config.cell) == (7, 5, cell)
 
@@ -66,11 +68,13 @@ def test_search_space_is_the_documented_one():
     trial = study.ask()
     tune.suggest(trial, tune.Config())
     found = trial.distributions
+
     assert set(found) == set(SPACE)
     for name in ("hidden_size", "num_layers", "l2", "l3", "batch_size"):
         assert list(found[name].choices) == SPACE[name]
     for name in ("learning_rate", "weight_decay"):
-        assert (found[name].low, found[name].high, found[name].log) == (SPACE[name][0], SPACE[name][-1], True)
+        low, high = SPACE[name][0], SPACE[name][-1]
+        assert (found[name].low, found[name].high, found[name].log) == (low, high, True)
 
 
 EXTENDED = {
@@ -93,24 +97,42 @@ EXTENDED = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EXTENDED.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in EXTENDED.items() for value in values]
+)
 def test_every_value_of_the_extended_space_reaches_model_and_training(name, value, monkeypatch):
     params = {key: values[0] for key, values in EXTENDED.items()} | {name: value}
     if params["num_layers"] == 1:
         del params["dropout"]
-    config = tune.suggest(optuna.trial.FixedTrial(params), tune.Config(space="extended", epochs=7, seed=5))
+    asked = tune.Config(space="extended", epochs=7, seed=5)
+    config = tune.suggest(optuna.trial.FixedTrial(params), asked)
     config.validate()
+
     images, labels = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 4
     splits = rnn.Splits((images, labels), (images, labels), (images, labels), tuple("abcd"))
     module = rnn.RowClassification(rnn.build_model(config, config.cell, images, 4), splits, config)
     cycle = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     optimiser, model = cycle.optimizer, module.model
+
     augmented, smoothed, clipped = [], [], []
-    monkeypatch.setattr(rnn, "random_crop_and_flip", lambda images, *how: augmented.extend(how) or images)
-    monkeypatch.setattr(rnn.RowClassification, "_step", lambda self, batch, smoothing: smoothed.append(smoothing))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm))
+
+    def augment(images, *how):
+        augmented.extend(how)
+        return images
+
+    def step(self, batch, smoothing):
+        smoothed.append(smoothing)
+
+    def clip(parameters, norm):
+        clipped.append(norm)
+
+    monkeypatch.setattr(rnn, "random_crop_and_flip", augment)
+    monkeypatch.setattr(rnn.RowClassification, "_step", step)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     module.training_step((images, labels), 0)
     module.configure_gradient_clipping(optimiser, None, None)
+
+    peak = cycle._schedule_phases[0]["end_step"] + 1
     built = {
         "cell": next(cell for cell, kind in rnn.CELLS.items() if type(model.recurrent) is kind),
         "hidden_size": model.recurrent.hidden_size,
@@ -123,12 +145,13 @@ def test_every_value_of_the_extended_space_reaches_model_and_training(name, valu
         "learning_rate": optimiser.param_groups[0]["max_lr"],
         "weight_decay": optimiser.param_groups[0]["weight_decay"],
         "batch_size": len(next(iter(module.train_dataloader()))[0]),
-        "warmup_epochs": round((cycle._schedule_phases[0]["end_step"] + 1) / len(module.train_batches)),
+        "warmup_epochs": round(peak / len(module.train_batches)),
         "gradient_clip": clipped[0],
         "label_smoothing": smoothed[0],
         "crop_padding": augmented[0],
         "flip": augmented[1],
     }
+
     assert built == {"dropout": 0.0} | params
     assert (config.epochs, config.seed, config.schedule) == (7, 5, "one_cycle")
 
@@ -141,6 +164,7 @@ def test_extended_search_space_is_the_documented_one():
         trial = study.ask()
         tune.suggest(trial, tune.Config(space="extended", epochs=10)).validate()
         found |= trial.distributions
+
     assert set(found) == set(EXTENDED)
     for name, values in EXTENDED.items():
         if hasattr(found[name], "choices"):
@@ -152,18 +176,22 @@ def test_extended_search_space_is_the_documented_one():
 
 
 def test_trials_may_see_a_part_of_the_training_images_and_all_validation_images():
-    whole, part = (tune.load_splits(tune.Config(dataset="digits", train_fraction=f)) for f in (1.0, 0.25))
+    configs = [tune.Config(dataset="digits", train_fraction=f) for f in (1.0, 0.25)]
+    whole, part = map(tune.load_splits, configs)
     assert torch.equal(whole.validation[0], part.validation[0])
     assert torch.equal(whole.test[0], part.test[0])
     share = part.train[1].bincount() / whole.train[1].bincount()
     assert ((share - 0.25).abs() < 0.01).all()
-    pixels = [{tuple(image.flatten().tolist()) for image in splits.train[0]} for splits in (part, whole)]
-    assert pixels[0] <= pixels[1]
+
+    def pixels(splits):
+        return {tuple(image.flatten().tolist()) for image in splits.train[0]}
+
+    assert pixels(part) <= pixels(whole)
 
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # as main() does
-    pytest.mark.filterwarnings("ignore:Heartbeat of storage"),  # tests ask for trials by hand
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage"),  # tests ask for trials themselves
 ]
 
 
@@ -189,24 +217,27 @@ def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
     config.n_trials = 3
     tune.run_study(again, splits, config)
-    tune.run_study(again, splits, config)  # nothing is missing any more
+    tune.run_study(again, splits, config)  # nothing is missing now
     assert [trial.number for trial in again.trials] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path, sampler):
-    """Draws follow from the seed and the trial's place, in which an interrupted trial does not count."""
+    """Draws follow from the seed and the trial's place; an interrupted trial takes no place."""
     study, _, config = small_study(tmp_path, sampler=sampler)
     first = [tune.suggest(study.ask(), config).learning_rate for _ in range(2)]
-    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")  # fails what was running when its process ended
+
+    # Opening the study fails the trials that were running when their process ended.
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
     assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL"]
+
     repeated = [tune.suggest(again.ask(), config).learning_rate for _ in range(3)]
     assert repeated[:2] == first
     assert len(set(repeated)) == 3
 
 
 def test_random_search_does_not_look_at_the_losses(tmp_path):
-    """Twelve trials of which those of little width are best: TPE goes on with them, random search as it would have."""
+    """After twelve trials, their losses decide what TPE draws, but not what random search draws."""
     drawn = {}
     for sampler in ("tpe", "random"):
         for best in (128, 512):
@@ -217,6 +248,7 @@ def test_random_search_does_not_look_at_the_losses(tmp_path):
                 trial = study.ask()
                 study.tell(trial, abs(tune.suggest(trial, config).hidden_size - best))
             drawn[sampler, best] = [tune.suggest(study.ask(), config).hidden_size for _ in range(8)]
+
     assert drawn["random", 128] == drawn["random", 512]
     assert drawn["tpe", 128] != drawn["tpe", 512]
 
@@ -238,18 +270,14 @@ def test_an_interrupted_trial_is_made_up_for(tmp_path):
 
 
 def test_a_hopeless_trial_is_pruned(tmp_path):
-    """Worse than five earlier trials at every epoch: stopped before its last."""
+    """Worse than five earlier trials at every epoch, it is stopped before its last."""
     study, splits, config = small_study(tmp_path, epochs=4, n_trials=6)
     params = {key: values[0] for key, values in SPACE.items()}
+    losses = {"value": 1e-3, "intermediate_values": dict.fromkeys(range(4), 1e-3)}
+    drawn = {"params": params, "distributions": _distributions()}
     for _ in range(5):
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=params,
-                distributions=_distributions(),
-                value=1e-3,
-                intermediate_values=dict.fromkeys(range(4), 1e-3),
-            )
-        )
+        study.add_trial(optuna.trial.create_trial(**drawn, **losses))
+
     study.enqueue_trial(params)
     study.optimize(lambda trial: tune.objective(trial, splits, config), n_trials=1)
     assert study.trials[-1].state == optuna.trial.TrialState.PRUNED
@@ -263,18 +291,24 @@ def _distributions():
 
 
 def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
-    """The script itself, on real images: some trials end early, and the report says what that saved."""
-    flags = ["--dataset", "digits", "--n_trials", 9, "--epochs", 4, "--train_fraction", 0.25, "--output_dir", "out"]
+    """The script itself: some trials end early, and the report says what that saved."""
+    flags = ["--dataset", "digits", "--n_trials", 9, "--epochs", 4]
+    flags += ["--train_fraction", 0.25, "--output_dir", "out"]
     done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
     outcome = json.loads((tmp_path / "out/results.json").read_text())["study"]
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="rnn")
     pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
     assert outcome["pruned"] == len(pruned) > 0
     assert outcome["epochs"] == sum(len(trial.intermediate_values) for trial in study.trials)
-    assert outcome["epochs_saved"] == sum(4 - len(t.intermediate_values) for t in pruned if t.intermediate_values)
+
+    lengths = [len(trial.intermediate_values) for trial in pruned]
+    assert outcome["epochs_saved"] == sum(4 - length for length in lengths if length)
+
     asked = outcome["epochs"] + outcome["epochs_saved"]
     assert f"pruning saved {outcome['epochs_saved']:,} of {asked:,} epochs" in done.stdout
+
     with open(tmp_path / "out/trials.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(int(row["trial"]), row["state"], float(row["value"])) for row in rows] == [
@@ -283,30 +317,32 @@ def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
     assert [{name: row[name] for name in SPACE} for row in rows] == [
         {name: str(trial.params[name]) for name in SPACE} for trial in study.trials
     ]
+
     lines, best = done.stdout.splitlines(), float("inf")
-    for trial in study.trials:  # what was drawn is shown for each new best
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"trial {trial.number + 1}/9"))
+    for trial in study.trials:  # each new best is followed by a line with what was drawn
+        title, drawn = f"trial {trial.number + 1}/9", f"hidden_size {trial.params['hidden_size']}"
+        at = next(i for i, line in enumerate(lines) if line.startswith(title))
         new_best = trial.state.name == "COMPLETE" and trial.value < best
         best = trial.value if new_best else best
-        assert lines[at + 1].startswith(f"    hidden_size {trial.params['hidden_size']}, ") == new_best
-    complete = sorted((t.value, t.number + 1, t.params) for t in study.trials if t.state.name == "COMPLETE")[:5]
-    assert [(t["value"], t["trial"], t["params"]) for t in outcome["best_trials"]] == complete
+        assert lines[at + 1].startswith(f"    {drawn}, ") == new_best
+
+    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    expected = sorted((trial.value, trial.number + 1, trial.params) for trial in complete)[:5]
+    assert [(t["value"], t["trial"], t["params"]) for t in outcome["best_trials"]] == expected
+
     names = ("history", "intermediate_values", "importances", "parallel_coordinates", "slices")
     assert all((tmp_path / f"out/{name}.png").stat().st_size > 5000 for name in names)
 
 
 def test_saved_by_pruning():
-    """Pruned after 2 of 10 epochs in 6 s: saved 8 epochs and 24 s. What diverged, or never began, saved nothing."""
+    """Pruned after 2 of 10 epochs in 6 s, a trial saved 8 epochs and 24 s.
+
+    One that diverged or never began saved nothing.
+    """
     study = optuna.create_study()
     start = datetime(2026, 1, 1)
-    for state, epochs, seconds in (
-        ("COMPLETE", 10, 40),
-        ("PRUNED", 2, 6),
-        ("PRUNED", 0, 1),
-        ("PRUNED", 5, 5),
-        ("PRUNED", 1, 1),
-        ("RUNNING", 3, 9),
-    ):
+    pruned = [("PRUNED", 2, 6), ("PRUNED", 0, 1), ("PRUNED", 5, 5), ("PRUNED", 1, 1)]
+    for state, epochs, seconds in (("COMPLETE", 10, 40), *pruned, ("RUNNING", 3, 9)):
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState[state],
             value=1.0 if state == "COMPLETE" else None,
@@ -314,8 +350,12 @@ def test_saved_by_pruning():
             user_attrs={"diverged": True} if epochs == 5 else {},
         )
         trial.datetime_start = start
-        trial.datetime_complete = start + timedelta(seconds=seconds) if trial.state.is_finished() else None
+        if trial.state.is_finished():
+            trial.datetime_complete = start + timedelta(seconds=seconds)
+        else:
+            trial.datetime_complete = None
         study.add_trial(trial)
+
     spent = tune.saved_by_pruning(study, tune.Config(epochs=10))
     assert spent == {"epochs": 18, "epochs_saved": 8, "seconds": 53, "seconds_saved": 24}
 
@@ -334,15 +374,20 @@ def test_a_diverging_trial_counts_as_pruned(tmp_path, monkeypatch):
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] "
+        "DefaultCPUAllocator: can't allocate memory: you tried to ..."
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError(),
 ]
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(error, tmp_path, monkeypatch, capsys):
-    """Out of memory fails that trial alone."""
+def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(
+    error, tmp_path, monkeypatch, capsys
+):
+    """Running out of memory fails only that trial."""
     study, splits, config = small_study(tmp_path, n_trials=3, epochs=1)
     train, calls = rnn.train, []
 
@@ -361,7 +406,7 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(error, tmp_path,
 
 
 def test_a_trials_network_is_gone_before_the_next_is_built(tmp_path, monkeypatch):
-    """However the trial ended: what it held on a GPU is free again."""
+    """However the trial ended, its memory on a GPU is free again."""
     study, splits, config = small_study(tmp_path, n_trials=4, epochs=1)
     build, networks = rnn.build_model, []
 
@@ -377,25 +422,30 @@ def test_a_trials_network_is_gone_before_the_next_is_built(tmp_path, monkeypatch
 
     monkeypatch.setattr(rnn, "build_model", build_and_look)
     tune.run_study(study, splits, config)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
 
 
 def test_the_study_lies_in_its_folder_whatever_that_is_called(run_here, tmp_path):
-    """In the URL of a database, a question mark would end the file's name."""
+    """In a database's URL, a question mark would end the file's name."""
     for name in ("what?1", "what?2"):
         flags = ["--dataset", "digits", "--epochs", 1, "--n_trials", 1, "--output_dir", name]
         done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / name / "study.db").is_file()
         assert "going on with" not in done.stdout
-    done = run_here("rnn_hyperparameter_tune.py", "--resume", "what?1", "--n_trials", 2, cwd=tmp_path)
+
+    flags = ["--resume", "what?1", "--n_trials", 2]
+    done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
     assert "going on with the study rnn: 1 trials are there" in done.stdout
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):
     small_study(tmp_path)
-    with pytest.raises(fn.UserError, match=r"--study_name rnn has trials with --seed 0, --cell rnn, --epochs 2: name"):
-        tune.open_study(tune.Config(dataset="digits", cell="lstm", epochs=5, seed=1), f"sqlite:///{tmp_path}/study.db")
+    config = tune.Config(dataset="digits", cell="lstm", epochs=5, seed=1)
+    message = r"--study_name rnn has trials with --seed 0, --cell rnn, --epochs 2: name"
+    with pytest.raises(fn.UserError, match=message):
+        tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
 
 
 def test_any_other_error_ends_the_worker_and_costs_no_trial(tmp_path, monkeypatch):
@@ -409,12 +459,16 @@ def test_any_other_error_ends_the_worker_and_costs_no_trial(tmp_path, monkeypatc
         patch.setattr(rnn, "train", broken)
         with pytest.raises(RuntimeError, match="device-side"):
             tune.run_study(study, splits, config)
+
     tune.run_study(study, splits, config)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert len(tune.counted(study)) == 3
 
 
-@pytest.mark.parametrize("method", ["set_trial_intermediate_value", "set_trial_state_values", "get_all_trials"])
+@pytest.mark.parametrize(
+    "method", ["set_trial_intermediate_value", "set_trial_state_values", "get_all_trials"]
+)
 def test_a_database_that_fails_in_the_middle_is_one_line(method, tmp_path, monkeypatch, run_here):
     """In the second trial, reading or writing begins to fail."""
     train, trained = rnn.train, []
@@ -438,14 +492,16 @@ def test_a_database_that_fails_in_the_middle_is_one_line(method, tmp_path, monke
 
 
 def test_a_password_is_not_printed():
-    text = tune.database_problem("postgresql+psycopg://me:secret@host/db", ValueError("no user me:secret there"))
+    error = ValueError("no user me:secret there")
+    text = tune.database_problem("postgresql+psycopg://me:secret@host/db", error)
     assert "secret" not in text
     assert "postgresql+psycopg://me:***@host/db" in text
 
 
 def test_the_study_of_another_program_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path}/x.db"
-    optuna.create_study(storage=url, study_name="rnn").optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
+    study = optuna.create_study(storage=url, study_name="rnn")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
     with pytest.raises(fn.UserError, match="--study_name rnn is the study of another program"):
         tune.open_study(tune.Config(dataset="digits"), url)
 
@@ -470,22 +526,24 @@ def work_together(url, cwd, n_trials, workers=2):
     texts = [finish(process, cwd) for process in processes]
     study = optuna.load_study(storage=url, study_name="rnn")
     shown = [int(number) for text in texts for number in re.findall(r"^trial +(\d+)/", text, re.M)]
+
     assert sorted(shown) == list(range(1, n_trials + 1)), "each trial was run, by one of them"
-    assert {text.split("best of ")[1].split("train the")[0] for text in texts} == {
-        texts[0].split("best of ")[1].split("train the")[0]
-    }, "both report the whole study"
+    reports = {text.split("best of ")[1].split("train the")[0] for text in texts}
+    assert len(reports) == 1, "both report the whole study"
     return study
 
 
 def kill_one(url, cwd, n_trials):
     """Kill a worker in the middle of a trial; another one retries that trial. Returns the study."""
-    flags = [*WORKER, "--storage", url, "--n_trials", n_trials]
-    victim = start("rnn_hyperparameter_tune.py", *flags, "--epochs", 5, cwd=cwd)
+    flags = [*WORKER, "--storage", url, "--n_trials", n_trials, "--epochs", 5]
+    victim = start("rnn_hyperparameter_tune.py", *flags, cwd=cwd)
     while not started(url) and victim.is_alive():
         time.sleep(0.02)
     victim.kill()
     victim.join()
-    for rescuer in [start("rnn_hyperparameter_tune.py", *flags, "--epochs", 5, cwd=cwd) for _ in range(2)]:
+
+    rescuers = [start("rnn_hyperparameter_tune.py", *flags, cwd=cwd) for _ in range(2)]
+    for rescuer in rescuers:
         finish(rescuer, cwd)
     return optuna.load_study(storage=url, study_name="rnn")
 
@@ -512,7 +570,8 @@ def check_rescue(url, cwd):
     retried = [trial for trial in others if trial.system_attrs.get("failed_trial") == lost.number]
     assert len(retried) == 1
     assert retried[0].params == lost.params
-    assert [trial.state.name in ("COMPLETE", "PRUNED") for trial in tune.counted(study)] == [True, True]
+    ended = [trial.state.name in ("COMPLETE", "PRUNED") for trial in tune.counted(study)]
+    assert ended == [True, True]
 
 
 def test_two_workers_on_sqlite_lose_nothing(tmp_path):
@@ -525,7 +584,8 @@ def test_a_killed_workers_trial_is_retried_on_sqlite(tmp_path):
 
 def test_a_trial_whose_worker_died_before_it_drew_anything_is_made_up_for(tmp_path):
     """Optuna sees no heartbeat there, and would wait for it for ever."""
-    config = tune.Config(dataset="digits", n_trials=1, epochs=1, storage=f"sqlite:///{tmp_path}/x.db", heartbeat=2)
+    url = f"sqlite:///{tmp_path}/x.db"
+    config = tune.Config(dataset="digits", n_trials=1, epochs=1, storage=url, heartbeat=2)
     splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
     study = tune.open_study(config, config.storage)
     study.ask()
@@ -535,8 +595,12 @@ def test_a_trial_whose_worker_died_before_it_drew_anything_is_made_up_for(tmp_pa
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
-    """Suspended for longer than the heartbeat, it finds its trial failed by another; the study is completed."""
-    config = tune.Config(dataset="digits", n_trials=2, epochs=1, storage=f"sqlite:///{tmp_path}/x.db")
+    """Suspended for longer than the heartbeat, it finds that another worker failed its trial.
+
+    The study is completed all the same.
+    """
+    url = f"sqlite:///{tmp_path}/x.db"
+    config = tune.Config(dataset="digits", n_trials=2, epochs=1, storage=url)
     splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
     study = tune.open_study(config, config.storage)
     train, calls = rnn.train, []
@@ -545,7 +609,8 @@ def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
         calls.append(None)
         trained = train(*args, **options) if when == "after" else None
         if len(calls) == 1:
-            study._storage.set_trial_state_values(study.trials[0]._trial_id, optuna.trial.TrialState.FAIL)
+            taken, failed = study.trials[0]._trial_id, optuna.trial.TrialState.FAIL
+            study._storage.set_trial_state_values(taken, failed)
             tune.retry(study, study.trials[0])
         return trained or train(*args, **options)
 
@@ -561,7 +626,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
     for number in range(4):
         trial = study.ask()
         assert trial.number == number
-        assert "drawn" not in trial.user_attrs, "a retried trial has not been drawn by its new worker yet"
+        assert "drawn" not in trial.user_attrs, "its new worker has not drawn it yet"
         trial.set_user_attr("drawn", True)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         tune.retry(study, study.trials[number])
@@ -569,7 +634,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
 
 
 def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
-    """Two workers that see one trial missing both begin one; the later trains nothing."""
+    """Two workers that see one trial missing both begin one; the later one trains nothing."""
     study, splits, config = small_study(tmp_path, n_trials=1, epochs=1)
     study.ask()  # the other worker's
     tune.run_trial(study, splits, config, tune.Progress(study, config))
@@ -582,21 +647,26 @@ def test_workers_share_a_private_study_and_go_on_with_one(run_here, tmp_path):
     flags = ["--dataset", "digits", "--epochs", 1, "--output_dir", "out"]
     first = run_here("rnn_hyperparameter_tune.py", *flags, "--n_trials", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    done = run_here("rnn_hyperparameter_tune.py", "--resume", "out", "--n_trials", 5, "--workers", 2, cwd=tmp_path)
+
+    flags = ["--resume", "out", "--n_trials", 5, "--workers", 2]
+    done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert sorted(re.findall(r"^trial (\d)/5", done.stdout, re.M)) == ["3", "4", "5"]
     assert done.stdout.count("all 5 trials are done") == 1
     assert "workers" not in (tmp_path / "out/config.yaml").read_text()
+
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="rnn")
-    kept = tune.counted(study)  # a sixth, that both took up the last one's place for, trained nothing
+
+    # If both workers took the last place, the sixth trial trained nothing and does not count.
+    kept = tune.counted(study)
     assert [trial.number for trial in kept] == [0, 1, 2, 3, 4]
     assert len({tuple(trial.params.items()) for trial in kept}) == 5
 
 
 @pytest.mark.slow
 def test_lost_workers_end_the_study_in_one_line(run_here, tmp_path, monkeypatch):
-    """Killed all at once; the study can be resumed."""
+    """All are killed at once; the study can be resumed."""
     monkeypatch.setattr(tune, "work", killed)
     flags = ["--dataset", "digits", "--epochs", 1, "--n_trials", 2, "--output_dir", "out"]
     done = run_here("rnn_hyperparameter_tune.py", *flags, "--workers", 2, cwd=tmp_path)
@@ -613,23 +683,27 @@ def killed(*_):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(tmp_path, how):
-    """Killed, it says nothing; after Ctrl-C, which a terminal sends to all of them, it says how to go on."""
+    """Killed, it says nothing; after Ctrl-C, which all of them get, it says how to go on."""
     script = fn.__file__.replace("functions.py", "rnn_hyperparameter_tune.py")
-    flags = ["--dataset", "digits", "--n_trials", "500", "--epochs", "1", "--workers", "2", "--output_dir", "out"]
+    flags = ["--dataset", "digits", "--n_trials", "500", "--epochs", "1"]
+    flags += ["--workers", "2", "--output_dir", "out"]
     command = [sys.executable, "-c", START_GROUP, script, *flags]
     parent = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     url = f"sqlite:///{tmp_path}/out/study.db"
     while not started(url) and parent.poll() is None:
         time.sleep(0.2)
+
     if how == signal.SIGINT:
         os.killpg(parent.pid, how)
         lines = [line for line in parent.communicate()[1].splitlines() if line]
         assert len(lines) == 1, lines
-        assert lines[0].endswith("interrupted; continue with: python rnn_hyperparameter_tune.py --resume out")
+        command = "python rnn_hyperparameter_tune.py --resume out"
+        assert lines[0].endswith(f"interrupted; continue with: {command}")
     else:
         parent.kill()
         parent.wait()
     assert parent.returncode == (130 if how == signal.SIGINT else -how)
+
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError):
@@ -652,20 +726,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_study_that_several_workers_began_draws_nothing_twice(tmp_path):
-    """Workers draw by number, a lone process by place: after an interrupted trial the two would overlap."""
+    """Workers draw by number, a lone process by place.
+
+    After an interrupted trial the two would overlap.
+    """
     study, _, config = small_study(tmp_path)
     url = f"sqlite:///{tmp_path}/study.db"
     study.set_user_attr("workers", 2)
     worker = tune.open_study(replace(config, storage=url), url)
     drawn = [tune.suggest(worker.ask(), config).learning_rate for _ in range(5)]
-    alone = tune.open_study(config, url)  # fails them, as none is at work any more
+    alone = tune.open_study(config, url)  # fails the five, because no worker is left
     drawn += [tune.suggest(alone.ask(), config).learning_rate for _ in range(3)]
     assert len(set(drawn)) == 8
 
 
 def test_an_older_study_lacks_what_is_new(tmp_path):
     study, _, config = small_study(tmp_path)
-    task = {key: value for key, value in study.user_attrs["task"].items() if key not in ("space", "train_fraction")}
+    task = dict(study.user_attrs["task"])
+    for new in ("space", "train_fraction"):
+        task.pop(new, None)
     study.set_user_attr("task", task)
     tune.require_same_task(study, config)
     with pytest.raises(fn.UserError, match=r"has trials with --train_fraction 1\.0: name another"):
@@ -691,18 +770,22 @@ def test_on_a_terminal_a_bar_shows_the_best_value(tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def postgres():
-    """The URL of a database of a PostgreSQL server of our own, on a socket in a folder of its own."""
+    """The URL of a database on our own PostgreSQL server, with its socket in a new folder."""
     pytest.importorskip("psycopg", reason="no psycopg: pip install 'psycopg[binary]'")
-    found = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(os.pathsep))]
+    found = [*Path("/usr/lib/postgresql").glob("*/bin")]
+    found += map(Path, os.environ["PATH"].split(os.pathsep))
     programs = next((folder for folder in found if (folder / "initdb").is_file()), None)
     if programs is None:
         pytest.skip("no PostgreSQL server: on Debian, apt install postgresql")
+
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     user = {"user": "postgres"} if os.geteuid() == 0 else {}  # the server refuses to run as root
     if user:
         shutil.chown(folder, "postgres")
     options = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
-    subprocess.run([programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "tuner"], **options)
+    make = [programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "tuner"]
+    subprocess.run(make, **options)
+
     server = [programs / "pg_ctl", "-D", folder / "db", "-w", "-l", folder / "log"]
     subprocess.run([*server, "-o", f"-k {folder} -h ''", "start"], **options)
     try:
@@ -718,7 +801,7 @@ def test_two_workers_on_postgresql(postgres, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_workers_trial_is_retried_on_postgresql(postgres, tmp_path):
-    with contextlib.suppress(KeyError):  # of the test before, if that ran on this server
+    with contextlib.suppress(KeyError):  # left by the test before, if it ran on this server
         optuna.delete_study(storage=postgres, study_name="rnn")
     check_rescue(postgres, tmp_path)
 

@@ -1,0 +1,630 @@
+"""The data sets of functions.py: digits, CIFAR, STL-10 and folders of images."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import pickle
+import socket
+import struct
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Code
+from helpers import randint, user_error
+from PIL import Image
+
+import functions as fn
+from images import folders
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+# ------------------------------------------------------------------------------------------------
+# Digits, CIFAR and STL-10
+# ------------------------------------------------------------------------------------------------
+
+
+def check_types(data: fn.ImageDataset, channels: int, size: int) -> None:
+    """The tensors have the types and shapes that ImageDataset promises."""
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    for images, labels in (train, test):
+        assert images.dtype == torch.uint8
+        assert images.shape == (len(labels), channels, size, size)
+        assert labels.dtype == torch.int64
+        assert int(labels.max()) < len(data.classes)
+
+
+def test_digits_are_scikit_learns_scans_each_once_in_a_stratified_split():
+    from sklearn.datasets import load_digits
+
+    data, scans = fn.load_dataset("digits"), load_digits()
+    check_types(data, 3, 8)
+    assert data.classes == tuple("0123456789")
+    assert len(data.train_images) + len(data.test_images) == 1797
+
+    pixels = torch.cat([data.train_images, data.test_images])
+    assert torch.equal(pixels[:, 0], pixels[:, 1])
+    assert torch.equal(pixels[:, 0], pixels[:, 2])
+
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    ours = zip(map(bytes, pixels[:, 0].numpy()), labels, strict=True)
+    pixels = np.rint(scans.images * 255 / 16).astype(np.uint8)
+    assert Counter(ours) == Counter(zip(map(bytes, pixels), scans.target.tolist(), strict=True))
+
+    for digit in range(10):
+        count, whole = int((data.test_labels == digit).sum()), (scans.target == digit).sum()
+        assert abs(count - 0.2 * whole) <= 0.5
+
+
+def test_digits_are_the_same_every_time():
+    one, two = fn.load_dataset("digits"), fn.load_dataset("digits")
+    assert torch.equal(one.train_images, two.train_images)
+    assert torch.equal(one.test_labels, two.test_labels)
+    assert one.pretraining_images is one.train_images
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No network, and files of the torchvision data sets count as intact when they are there."""
+    from torchvision.datasets import cifar, stl10, utils
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    for module in (cifar, stl10, utils):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+
+
+def fake_cifar(
+    folder: Path, key: str, files: dict[str, int], meta: tuple[str, str, int]
+) -> dict[str, torch.Tensor]:
+    """CIFAR's own format: pickled rows of 1024 red, 1024 green and 1024 blue values.
+
+    Returns the images of each file.
+    """
+    folder.mkdir(parents=True)
+    images = {
+        name: randint(256, n, 3, 32, 32, seed=i, dtype=torch.uint8)
+        for i, (name, n) in enumerate(files.items())
+    }
+    for name, pixels in images.items():
+        labels = [i % meta[2] for i in range(len(pixels))]
+        content = {"data": pixels.reshape(len(pixels), 3072).numpy(), key: labels}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: [f"class {i}" for i in range(meta[2])]}))
+    return images
+
+
+def fake_cifar10(data_dir: Path) -> dict[str, torch.Tensor]:
+    files = {**{f"data_batch_{i}": 3 for i in range(1, 6)}, "test_batch": 4}
+    meta = ("batches.meta", "label_names", 10)
+    return fake_cifar(data_dir / "cifar-10-batches-py", "labels", files, meta)
+
+
+def fake_cifar100(data_dir: Path) -> dict[str, torch.Tensor]:
+    files = {"train": 7, "test": 4}
+    meta = ("meta", "fine_label_names", 100)
+    return fake_cifar(data_dir / "cifar-100-python", "fine_labels", files, meta)
+
+
+def fake_stl10(data_dir: Path) -> dict[str, torch.Tensor]:
+    """STL-10's own format: values 1...10 for classes; each channel of an image column by column."""
+    folder = data_dir / "stl10_binary"
+    folder.mkdir(parents=True)
+    (folder / "class_names.txt").write_text("".join(f"class {i}\n" for i in range(10)))
+    images = {}
+    for i, (name, n) in enumerate({"train": 4, "test": 3, "unlabeled": 5}.items()):
+        images[name] = randint(256, n, 3, 96, 96, seed=i, dtype=torch.uint8)
+        images[name].transpose(2, 3).contiguous().numpy().tofile(folder / f"{name}_X.bin")
+        if name != "unlabeled":
+            np.arange(1, n + 1, dtype=np.uint8).tofile(folder / f"{name}_y.bin")
+    return images
+
+
+def test_cifar10_keeps_pixels_channels_and_labels(tmp_path, no_network):
+    files = fake_cifar10(tmp_path)
+    data = fn.load_dataset("cifar10", tmp_path)
+    check_types(data, 3, 32)
+
+    train_images = torch.cat([files[f"data_batch_{i}"] for i in range(1, 6)])
+    assert torch.equal(data.train_images, train_images)
+    assert torch.equal(data.test_images, files["test_batch"])
+    assert data.train_labels.tolist() == [0, 1, 2] * 5
+    assert data.test_labels.tolist() == [0, 1, 2, 3]
+    assert data.classes == tuple(f"class {i}" for i in range(10))
+    assert data.unlabelled_images is None
+
+
+def test_cifar100_has_its_hundred_fine_classes(tmp_path, no_network):
+    files = fake_cifar100(tmp_path)
+    data = fn.load_dataset("cifar100", tmp_path)
+    check_types(data, 3, 32)
+    assert torch.equal(data.train_images, files["train"])
+    assert torch.equal(data.test_images, files["test"])
+    assert data.train_labels.tolist() == list(range(7))
+    assert data.classes == tuple(f"class {i}" for i in range(100))
+
+
+def test_stl10_is_upright_and_has_its_unlabelled_images_for_pretraining(tmp_path, no_network):
+    files = fake_stl10(tmp_path)
+    data = fn.load_dataset("stl10", tmp_path)
+    check_types(data, 3, 96)
+    assert torch.equal(data.train_images, files["train"])
+    assert torch.equal(data.test_images, files["test"])
+    assert torch.equal(data.pretraining_images, files["unlabeled"])
+    assert data.train_labels.tolist() == [0, 1, 2, 3]
+    assert data.classes == tuple(f"class {i}" for i in range(10))
+
+
+ARCHIVES = {
+    "cifar10": (fake_cifar10, "cifar-10-python.tar.gz"),
+    "cifar100": (fake_cifar100, "cifar-100-python.tar.gz"),
+    "stl10": (fake_stl10, "stl10_binary.tar.gz"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_without_network_the_archive_is_named_and_putting_it_there_helps(
+    name, tmp_path, no_network
+):
+    fake, archive = ARCHIVES[name]
+    socket.setdefaulttimeout(123)
+    try:
+        message = user_error(fn.load_dataset, name, tmp_path / "data")
+        assert socket.getdefaulttimeout() == 123
+    finally:
+        socket.setdefaulttimeout(None)
+    remedy = (archive, str(tmp_path / "data"), "--dataset digits")
+    for words in (f"--dataset {name}", *remedy, "no network"):
+        assert words in message
+
+    fake(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    with tarfile.open(tmp_path / "data" / archive, "w:gz") as tar:
+        for folder in (tmp_path / "elsewhere").iterdir():
+            tar.add(folder, folder.name)
+    check_types(fn.load_dataset(name, tmp_path / "data"), 3, 96 if name == "stl10" else 32)
+
+
+@pytest.mark.parametrize("form", ["unpacked", "archive"])
+def test_data_that_is_not_the_original_is_never_opened(form, tmp_path, monkeypatch):
+    """CIFAR comes as pickles, which can run code: torchvision checks their checksums first."""
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    folder = tmp_path / "data" if form == "unpacked" else tmp_path / "elsewhere"
+    fake_cifar10(folder)
+    for file in (folder / "cifar-10-batches-py").iterdir():
+        file.write_bytes(pickle.dumps(Code()))
+    if form == "archive":
+        (tmp_path / "data").mkdir()
+        with tarfile.open(tmp_path / "data/cifar-10-python.tar.gz", "w:gz") as tar:
+            tar.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+
+    assert "could not be downloaded" in user_error(fn.load_dataset, "cifar10", tmp_path / "data")
+    assert not (tmp_path / "hacked").exists()
+
+    pickle.loads(pickle.dumps(Code()))
+    assert (tmp_path / "hacked").exists(), "the test can fail"
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError(), ConnectionResetError(104, "reset"), http.client.BadStatusLine("?")]
+)
+def test_every_failure_of_a_download_is_a_user_error(error, tmp_path, no_network, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    assert "cifar-10-python.tar.gz" in user_error(fn.load_dataset, "cifar10", tmp_path)
+
+
+def test_a_download_cannot_wait_for_ever(tmp_path, no_network, monkeypatch):
+    seen = []
+
+    def note(*_, **__):
+        seen.append(socket.getdefaulttimeout())
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", note)
+    user_error(fn.load_dataset, "cifar10", tmp_path)
+    assert seen
+    assert None not in seen
+    assert socket.getdefaulttimeout() is None
+
+
+def test_data_dir_that_is_a_file_is_named(tmp_path, no_network):
+    (tmp_path / "file").write_text("precious")
+    assert str(tmp_path / "file") in user_error(fn.load_dataset, "cifar10", tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders of images
+# ------------------------------------------------------------------------------------------------
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def save(file: str, image: Image.Image | tuple[int, ...], **options) -> Path:
+    """Save this image, or one of 12 x 9 pixels of this colour."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    (Image.new("RGB", (12, 9), image) if isinstance(image, tuple) else image).save(file, **options)
+    return Path(file)
+
+
+def load(folder: str = "photos", size: int | None = 8) -> fn.ImageDataset:
+    return fn.load_dataset(folder, "data", size)
+
+
+def pixels_of(
+    image: Image.Image, file: str = "photos/a.png", size: int = 8, **options
+) -> torch.Tensor:
+    """What one image becomes, int (3, size, size)."""
+    save(file, image, **options)
+    images = load(size=size).train_images
+    assert images.dtype == torch.uint8
+    assert images.shape == (1, 3, size, size)
+    return images[0].int()
+
+
+def assert_colour(pixels: torch.Tensor, colour: tuple[int, ...], within: int = 0) -> None:
+    """All pixels (3, ...) have this colour."""
+    difference = (pixels.flatten(1) - torch.tensor(colour).view(3, 1)).abs().max()
+    assert difference <= within, f"{pixels.flatten(1)[:, 0].tolist()}... is not {colour}"
+
+
+def two_classes(folder: str = "photos") -> None:
+    """cat is red (2 for training, 1 for test), dog is blue (1 and 2)."""
+    cats = ("train/cat/a", "train/cat/b", "test/cat/c")
+    dogs = ("train/dog/a", "test/dog/x/deep", "test/dog/b")
+    for name in (*cats, *dogs):
+        save(f"{folder}/{name}.png", RED if "cat" in name else BLUE)
+
+
+def test_class_folders_give_images_labels_and_class_names():
+    two_classes()
+    data = load()
+    check_types(data, 3, 8)
+    assert data.classes == ("cat", "dog")
+    assert data.train_labels.tolist() == [0, 0, 1]
+    assert data.test_labels.tolist() == [0, 1, 1]
+
+    for images, labels in (data.labelled()[:2], data.labelled()[2:]):
+        for image, label in zip(images, labels, strict=True):
+            assert_colour(image.int(), (RED, BLUE)[label])
+
+
+def test_a_class_that_the_test_split_lacks_keeps_the_numbers_of_the_others():
+    save("photos/train/ant/a.png", GREEN)
+    two_classes()
+    data = load()
+    assert data.classes == ("ant", "cat", "dog")
+    assert data.test_labels.tolist() == [1, 2, 2]
+
+
+def test_images_are_32_pixels_unless_told_otherwise():
+    save("photos/a.png", RED)
+    assert load(size=None).train_images.shape == (1, 3, 32, 32)
+
+
+def test_flat_folder_has_images_in_the_order_of_their_names_and_no_labels():
+    for name, colour in (("b", GREEN), ("a", RED), ("c", BLUE)):
+        save(f"photos/{name}.png", colour)
+    data = load()
+    assert (data.train_labels, data.test_labels, data.classes) == (None, None, ())
+    assert data.test_images is None
+
+    for image, colour in zip(data.train_images, (RED, GREEN, BLUE), strict=True):
+        assert_colour(image.int(), colour)
+    assert data.pretraining_images is data.train_images
+
+
+def test_images_of_any_size_become_square():
+    for i, size in enumerate([(1, 1), (8, 8), (3, 50), (200, 7), (64, 48)]):
+        save(f"photos/{i}.png", Image.new("RGB", size, (10, 200, 30)))
+    data = load()
+    assert data.train_images.shape == (5, 3, 8, 8)
+    assert_colour(data.train_images.transpose(0, 1).int(), (10, 200, 30))
+
+
+def test_an_image_of_the_exact_size_keeps_its_exact_pixels():
+    noise = randint(256, 16, 16, 3, dtype=torch.uint8)
+    pixels = pixels_of(Image.fromarray(noise.numpy()), size=16)
+    assert torch.equal(pixels, noise.permute(2, 0, 1).int())
+
+
+def test_a_wide_image_is_cropped_to_its_middle():
+    stripes = Image.new("RGB", (96, 32), GREEN)
+    stripes.paste(RED, (0, 0, 32, 32))
+    stripes.paste(BLUE, (64, 0, 96, 32))
+    assert_colour(pixels_of(stripes)[:, :, 1:-1], GREEN)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "file", "expected"),
+    [
+        ("L", 100, "a.png", (100, 100, 100)),
+        ("L", 100, "a.jpg", (100, 100, 100)),
+        ("1", 1, "a.png", WHITE),
+        ("LA", (100, 255), "a.png", (100, 100, 100)),
+        ("LA", (0, 0), "a.png", WHITE),
+        ("RGBA", (255, 0, 0, 255), "a.png", RED),
+        ("RGBA", (0, 0, 0, 0), "a.png", WHITE),  # transparent pixels become white
+        ("RGBA", (255, 0, 0, 128), "a.png", (255, 127, 127)),
+        ("CMYK", (0, 255, 255, 0), "a.jpg", RED),
+        ("RGB", (10, 200, 30), "a.bmp", (10, 200, 30)),
+        ("RGB", (10, 200, 30), "a.webp", (10, 200, 30)),
+        ("RGB", (10, 200, 30), "NO-EXTENSION", (10, 200, 30)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, colour, file, expected):
+    options = {"format": "png"} if "." not in file else {}
+    assert_colour(
+        pixels_of(Image.new(mode, (20, 20), colour), f"photos/{file}", **options),
+        expected,
+        0 if "png" in file else 4,
+    )
+
+
+@pytest.mark.parametrize("file", ["a.png", "a.pgm", "a.tif"])
+def test_16_bit_grey_is_scaled_and_not_clipped(file):
+    grey = Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
+    assert_colour(pixels_of(grey, f"photos/{file}"), (156, 156, 156), within=1)
+
+
+@pytest.mark.parametrize(("options", "left"), [({}, (0, 255, 0)), ({"transparency": 0}, WHITE)])
+def test_palette_image_shows_its_colours_and_transparency(options, left):
+    halves = Image.new("P", (8, 8), 1)
+    halves.putpalette([*GREEN, *RED])
+    halves.paste(0, (0, 0, 4, 8))
+    pixels = pixels_of(halves, **options)
+    assert_colour(pixels[:, :, :4], left)
+    assert_colour(pixels[:, :, 4:], RED)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (300, 200), (200, 320)])
+@pytest.mark.parametrize(
+    ("orientation", "turn"), [(1, None), (3, "ROTATE_180"), (6, "ROTATE_90"), (8, "ROTATE_270")]
+)
+def test_a_photo_taken_sideways_is_turned_upright(size, orientation, turn):
+    upright = Image.new("RGB", size, BLUE)
+    upright.paste(RED, (0, 0, size[0], size[1] // 2))
+    stored = upright.transpose(Image.Transpose[turn]) if turn else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = pixels_of(stored, "photos/a.jpg", size=16, exif=exif, quality=95, subsampling=0)
+    assert_colour(pixels[:, :6], RED, within=12)
+    assert_colour(pixels[:, 10:], BLUE, within=12)
+
+
+def cache_file() -> Path:
+    (file,) = Path("data/cache").iterdir()
+    return file
+
+
+def test_a_folder_is_decoded_once(monkeypatch):
+    two_classes()
+    first = load()
+    monkeypatch.setattr(folders, "read_image", lambda *_: pytest.fail("decoded again"))
+    second = load()
+    assert torch.equal(first.train_images, second.train_images)
+    assert torch.equal(first.test_images, second.test_images)
+    assert torch.equal(first.test_labels, second.test_labels)
+
+
+def test_another_size_is_decoded_on_its_own():
+    save("photos/a.png", RED)
+    assert load(size=8).train_images.shape[-1] == 8
+    assert load(size=9).train_images.shape[-1] == 9
+    assert load(size=8).train_images.shape[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "change", ["content", "length", "new file", "removed file", "renamed file"]
+)
+def test_a_changed_folder_is_decoded_afresh(change):
+    save("photos/a.bmp", RED)
+    save("photos/b.bmp", BLUE)
+    assert len(load().train_images) == 2
+
+    if change == "content":  # of the same length in bytes
+        later = os.stat(save("photos/a.bmp", GREEN)).st_mtime_ns + 10**9
+        os.utime("photos/a.bmp", ns=(later, later))
+    elif change == "length":  # within the clock's resolution
+        time = os.stat("photos/a.bmp").st_mtime_ns
+        os.utime(save("photos/a.bmp", Image.new("RGB", (30, 30), GREEN)), ns=(time, time))
+    elif change == "new file":
+        save("photos/0.bmp", GREEN)
+    elif change == "removed file":
+        os.remove("photos/a.bmp")
+    else:
+        os.rename("photos/a.bmp", "photos/c.bmp")
+
+    first = BLUE if change in ("removed file", "renamed file") else GREEN
+    assert_colour(load().train_images[0].int(), first)
+
+
+def test_two_folders_of_one_name_do_not_share_a_cache():
+    for folder, colour in (("mine/photos", RED), ("yours/photos", BLUE)):
+        os.utime(
+            save(f"{folder}/a.bmp", colour), ns=(10**18, 10**18)
+        )  # as if unpacked from an archive
+        assert_colour(load(folder).train_images[0].int(), colour)
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "garbage", "another shape", "another type"]
+)
+def test_a_damaged_cache_is_decoded_afresh_and_mended(damage, monkeypatch):
+    two_classes()
+    expected = load().train_images.clone()
+    file, whole = cache_file(), cache_file().read_bytes()
+    if damage == "another shape":
+        torch.save(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), file)
+    elif damage == "another type":
+        torch.save({"images": 1}, file)
+    else:
+        half, garbage = whole[: len(whole) // 2], b"garbage" * 100
+        file.write_bytes({"empty": b"", "truncated": half, "garbage": garbage}[damage])
+
+    assert torch.equal(load().train_images, expected)
+    monkeypatch.setattr(folders, "read_image", lambda *_: pytest.fail("the cache was not mended"))
+    assert torch.equal(load().train_images, expected)
+
+
+def test_a_cache_that_cannot_be_written_is_only_noted(capsys):
+    two_classes()
+    Path("data").write_text("a file, no folder")
+    assert len(load().train_images) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("note: ")
+    assert len(error.splitlines()) == 1
+    assert Path("data").read_text() == "a file, no folder"
+
+
+@pytest.mark.parametrize("where", ["photos", "photos/train", "photos/train/cat"])
+def test_files_that_systems_hide_are_ignored(where):
+    two_classes()
+    for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini"):
+        Path(where, name).write_text("no image")
+    assert load().train_labels.tolist() == [0, 0, 1]
+    save("flat/a.png", RED)
+    Path("flat/.DS_Store").write_text("no image")
+    assert len(load("flat").train_images) == 1
+
+
+@pytest.mark.parametrize("where", ["photos/train", "photos/train/cat"])
+def test_hidden_folders_are_ignored(where):
+    two_classes()
+    save(f"{where}/.ipynb_checkpoints/a-checkpoint.png", GREEN)
+    data = load()
+    assert data.classes == ("cat", "dog")
+    assert data.train_labels.tolist() == [0, 0, 1]
+
+
+def test_an_empty_class_folder_is_no_class():
+    two_classes()
+    for folder in ("train/bee", "train/cow", "test/ape"):
+        Path("photos", folder).mkdir()
+    data = load()
+    assert data.classes == ("cat", "dog")
+    assert data.train_labels.tolist() == [0, 0, 1]
+    assert data.test_labels.tolist() == [0, 1, 1]
+
+
+def test_a_missing_folder_is_named_with_the_sets_there_are():
+    message = user_error(load, "nowhere")
+    assert "--dataset nowhere" in message
+    assert "digits" in message
+
+
+@pytest.mark.parametrize(
+    "folders", [["."], ["cat"], ["train"], ["train/cat"], ["train/cat", "train/dog"]]
+)
+def test_a_folder_without_images_is_named(folders):
+    for folder in folders:
+        Path("photos", folder).mkdir(parents=True)
+    assert "photos" in user_error(load)
+
+
+def test_images_in_train_without_class_folders_are_refused():
+    save("photos/train/a.png", RED)
+    assert "photos/train/<class>" in user_error(load)
+
+
+def test_a_test_class_that_train_lacks_is_named():
+    two_classes()
+    save("photos/test/emu/a.png", GREEN)
+    message = user_error(load)
+    assert "emu" in message
+    assert "photos" in message
+    assert "cat" not in message
+
+
+def png_of_claimed_size(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(bytes(99)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+NOISE = randint(256, 64, 64, 3, dtype=torch.uint8)
+BROKEN = {
+    "text.png": b"this is no image\n",
+    "empty.png": b"",
+    "truncated.jpg": encoded(Image.fromarray(NOISE.numpy()), "jpeg")[:2000],
+    "notes.txt": b"a list of the photos\n",
+    "large.png": encoded(Image.new("1", (7100, 7100)), "png"),  # intact, a few kilobytes
+    "larger.png": png_of_claimed_size(10_000, 10_000),
+    "absurd.png": png_of_claimed_size(2**31 - 1, 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("where", ["flat", "photos/train/cat", "photos/test/dog"])
+def test_a_file_that_is_no_readable_image_is_named_and_all_that_is_said(
+    name, where, recwarn, capsys
+):
+    two_classes()
+    save("flat/a.png", RED)
+    Path(where, name).write_bytes(BROKEN[name])
+    assert f"{where}/{name}" in user_error(load, where.split("/")[0])
+    assert [str(warning.message) for warning in recwarn] == []
+    assert capsys.readouterr().err == ""
+    assert not Path("data").exists()
+
+
+def test_labelled_images_are_refused_to_a_set_that_has_no_classes_or_test_images_or_one_class():
+    save("flat/a.png", RED)
+    assert "flat" in user_error(load("flat").labelled)
+    save("untested/train/cat/a.png", RED)
+    save("untested/train/dog/a.png", RED)
+    assert "untested/test/<class>" in user_error(load("untested").labelled)
+    save("single/train/cat/a.png", RED)
+    save("single/test/cat/a.png", RED)
+    assert "one class" in user_error(load("single").labelled)
+
+
+def test_a_dangling_link_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/link.png").symlink_to("nowhere.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/a.png")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main(_: fn.RunConfig) -> None:
+        fn.load_dataset(str(tmp_path / "flat"), tmp_path)
+
+    with pytest.raises(SystemExit) as exit_:
+        fn.command_line(main, fn.RunConfig, None)
+    error = capsys.readouterr().err
+    assert (exit_.value.code, len(error.splitlines())) == (2, 1)
+    assert "link.png" in error

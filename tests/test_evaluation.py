@@ -1,0 +1,241 @@
+"""contrastive/evaluation.py: the frozen encoder, k-NN and the linear probe."""
+
+import pytest
+import torch
+from helpers import assert_rate, assert_same_bits, cloned_state, make_config
+from torch import nn
+
+import functions as fn
+import simCLR
+from contrastive import evaluation
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+def blobs(
+    num_classes: int = 3, spread: float = 0.1, per_class: int = 40, dim: int = 6
+) -> evaluation.Features:
+    """Gaussian clouds around orthogonal unit vectors; with a small spread, linearly separable."""
+    labels = torch.arange(num_classes).repeat(per_class)
+    centres = torch.eye(dim)[labels]
+    train, test = (centres + spread * torch.randn(len(labels), dim) for _ in range(2))
+    classes = tuple(f"class {i}" for i in range(num_classes))
+    return evaluation.Features(train, labels, test, labels, classes)
+
+
+def probed(features: evaluation.Features, probe: str, **values) -> nn.Linear:
+    classifier = nn.Linear(features.train.shape[1], len(features.classes))
+    evaluation.train_probe(
+        classifier,
+        features,
+        make_config(probe=probe, probe_epochs=20, probe_batch_size=32, **values),
+    )
+    return classifier
+
+
+@torch.no_grad()
+def accuracy_of(classifier: nn.Module, features: evaluation.Features) -> float:
+    return fn.accuracy(classifier(features.test).argmax(1), features.test_labels)
+
+
+# ------------------------------------------------------------------------------------------------
+# The frozen encoder
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_step_moves_the_classifier_and_not_one_bit_of_the_encoder(encoder):
+    """Neither parameters nor BatchNorm statistics change, although the module is training."""
+    model, state = simCLR.LinearClassifier(encoder, 8, 3), cloned_state(encoder)
+    before = model.classifier.weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model.train()
+    for _ in range(3):
+        logits = model(torch.rand(16, 3, 8, 8))
+        nn.functional.cross_entropy(logits, torch.arange(16) % 3).backward()
+        optimizer.step()
+
+    assert logits.shape == (16, 3)
+    assert_same_bits(encoder, state)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert not torch.equal(model.classifier.weight, before)
+
+
+def test_no_gradient_flows_through_the_frozen_encoder(encoder):
+    x = torch.rand(4, 3, 8, 8, requires_grad=True)
+    simCLR.LinearClassifier(encoder, 8, 3)(x).sum().backward()
+    assert x.grad is None
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_the_encoder_stays_in_eval_mode(encoder):
+    model = simCLR.LinearClassifier(encoder.train(), 8, 3)
+    assert not any(module.training for module in encoder.modules())
+    assert model.train() is model
+    assert model.training
+    assert model.classifier.training
+    assert not any(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_the_probe_leaves_every_bit_of_the_encoder(encoder, probe):
+    """As evaluate() does it: features once, then a LinearClassifier's classifier trains on them."""
+    images, labels = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8), torch.arange(60) % 3
+    model, state = simCLR.LinearClassifier(encoder, 8, 3), cloned_state(encoder)
+    before, config = cloned_state(model.classifier), make_config(probe=probe, probe_epochs=2)
+    pipeline = nn.Sequential(fn.Normalize(images), encoder)
+    h = fn.extract_features(pipeline, images, config.machine)
+    features = evaluation.Features(h, labels, h, labels, ("a", "b", "c"))
+    evaluation.train_probe(model.classifier, features, config)
+
+    assert_same_bits(encoder, state)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert not torch.equal(model.classifier.weight, before["weight"])
+    assert not torch.equal(model.classifier.bias, before["bias"])
+
+
+# ------------------------------------------------------------------------------------------------
+# The linear probe
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_the_probe_separates_what_is_linearly_separable(probe, num_classes):
+    features = blobs(num_classes)
+    assert accuracy_of(probed(features, probe), features) == 1.0
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_scale_and_offset_of_the_features_do_not_matter(probe):
+    """They are standardised, and the classifier that comes back takes them as they are."""
+    features, moved = blobs(spread=0.5), blobs(spread=0.5)
+    scale, offset = 10 ** torch.linspace(-3, 3, 6), torch.linspace(-5, 5, 6)
+    moved.train, moved.test = (x * scale + offset * scale for x in (features.train, features.test))
+    with torch.no_grad():
+        logits, moved_logits = (
+            probed(features, probe)(features.test),
+            probed(moved, probe)(moved.test),
+        )
+    torch.testing.assert_close(moved_logits, logits, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_lbfgs_probe_is_logistic_regression_on_standardised_features(num_classes):
+    from sklearn.linear_model import LogisticRegression
+
+    features = blobs(num_classes, spread=0.8)  # clouds that overlap
+    std, mean = torch.std_mean(features.train, dim=0)
+    reference = LogisticRegression(max_iter=1000)
+    reference.fit((features.train - mean) / std, features.train_labels)
+
+    standardised = (features.test - mean) / std
+    with torch.no_grad():
+        logits = probed(features, "lbfgs")(features.test)
+    assert logits.argmax(1).tolist() == reference.predict(standardised).tolist()
+    expected = torch.from_numpy(reference.predict_proba(standardised)).float()
+    torch.testing.assert_close(logits.softmax(1), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_a_feature_constant_in_training_has_no_say_in_the_test(probe):
+    """A dead unit, or a pixel black in all training images: nothing was learned about it."""
+    features = blobs()
+    features.train[:, 5], features.test[:, 5] = 0.0, torch.rand(len(features.test))
+    assert accuracy_of(probed(features, probe), features) == 1.0
+
+
+def test_the_sgd_probe_records_an_epoch_per_row():
+    """The last row describes the classifier that comes back."""
+    features, classifier = blobs(spread=0.8), nn.Linear(6, 3)
+    features.train, features.test = features.train + 5, features.test + 5
+    rows = evaluation.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy"} <= set(rows[0])
+    assert rows[-1]["test_accuracy"] == pytest.approx(accuracy_of(classifier, features))
+
+
+# ------------------------------------------------------------------------------------------------
+# What is measured
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_separable_features_measure_as_perfect(probe):
+    config = make_config(stages="knn,probe", checkpoint="encoder.pt", probe=probe, knn_k=5)
+    outcome = evaluation.measure(blobs(), config)
+    assert outcome.knn == 1.0
+    assert outcome.probe.train_accuracy == outcome.probe.test_accuracy == 1.0
+    assert outcome.probe.per_class == {"class 0": 1.0, "class 1": 1.0, "class 2": 1.0}
+
+
+def test_random_features_measure_as_chance():
+    features = blobs(num_classes=4, per_class=200)
+    features.train, features.test = (
+        torch.randn_like(features.train),
+        torch.randn_like(features.test),
+    )
+    config = make_config(stages="knn,probe", checkpoint="x", probe="lbfgs", knn_k=20)
+    outcome = evaluation.measure(features, config)
+    for value in (outcome.knn, outcome.probe.test_accuracy):
+        assert_rate(round(800 * value), 800, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("stages", "keys"), [("knn", {"knn"}), ("probe", {"probe"}), ("tsne", set())]
+)
+def test_only_the_stages_asked_for_are_measured(stages, keys):
+    config = make_config(stages=stages, checkpoint="encoder.pt", probe="lbfgs")
+    assert set(evaluation.measure(blobs(), config).results()) == keys
+
+
+# ------------------------------------------------------------------------------------------------
+# Few labels
+# ------------------------------------------------------------------------------------------------
+
+
+def test_one_label_per_class_of_separable_features_is_enough():
+    features = blobs(spread=0.01, dim=3)
+    config = make_config(labels_per_class="2,1", label_seeds=3, knn_k=5)
+    one, two = evaluation.measure_few_labels(features, config)
+    assert (one.labels_per_class, two.labels_per_class) == (1, 2)
+    assert one.knn_accuracies == two.knn_accuracies == [1.0] * 3
+    assert one.probe_accuracies == two.probe_accuracies == [1.0] * 3
+
+
+def test_with_one_label_per_class_the_nearest_of_them_decides():
+    """The k-NN of each draw, written out: the labels that the draw's seed chooses, and k = 1."""
+    features = blobs(spread=2.0)
+    config = make_config(labels_per_class=1, label_seeds=4, knn_k=5, seed=7)
+    (few,) = evaluation.measure_few_labels(features, config)
+
+    expected = []
+    for seed in (7, 8, 9, 10):
+        chosen = fn.per_class_subset(features.train_labels, 1, seed)
+        bank = nn.functional.normalize(features.train[chosen], dim=1)
+        nearest = (nn.functional.normalize(features.test, dim=1) @ bank.T).argmax(1)
+        predicted = features.train_labels[chosen][nearest]
+        expected.append(fn.accuracy(predicted, features.test_labels))
+    assert few.knn_accuracies == expected
+    assert len(set(expected)) > 1
+
+
+def test_more_labels_help_where_one_is_not_enough():
+    features = blobs(spread=1.5, per_class=200)
+    config = make_config(labels_per_class="1,100", label_seeds=5, knn_k=20)
+    one, many = evaluation.measure_few_labels(features, config)
+    assert sum(many.knn_accuracies) > sum(one.knn_accuracies) + 0.2
+    assert sum(many.probe_accuracies) > sum(one.probe_accuracies) + 0.2
+
+
+@pytest.mark.parametrize("value", ["0", "1,0", "1,,2", "-1", "1.5", "few", ""])
+def test_a_wrong_number_of_labels_is_named(value):
+    with pytest.raises(fn.UserError, match="--labels_per_class"):
+        make_config(labels_per_class=value).validate()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "words"),
+    [([0.5], "50.0 %"), ([0.5, 0.7], "60.0 ± 14.1 %"), ([1.0, 1.0, 1.0], "100.0 ± 0.0 %")],
+)
+def test_mean_and_sample_standard_deviation(accuracies, words):
+    assert evaluation.mean_and_deviation(accuracies) == words

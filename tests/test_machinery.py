@@ -1,0 +1,632 @@
+"""machinery/: the command line, run folders, files, devices, batches and training."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, Config, randn, user_error
+from torch import nn
+
+import functions as fn
+from functions import UserError
+from machinery import devices, files, run_folder
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+# ------------------------------------------------------------------------------------------------
+# User errors and the command line
+# ------------------------------------------------------------------------------------------------
+
+
+def parse(*words: str) -> Config:
+    return fn.parse_config(Config, words, "What it does.\n\nMore.")
+
+
+def write_yaml(text: str | bytes, name: str = "mine.yaml") -> str:
+    Path(name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return name
+
+
+def save_run(folder: str, **values) -> Path:
+    Path(folder).mkdir(parents=True)
+    fn.save_config(Path(folder) / "config.yaml", Config(**values))
+    return Path(folder)
+
+
+def test_no_words_give_the_defaults():
+    assert parse() == Config()
+
+
+def test_flags_become_typed_values():
+    words = "--epochs 5 --rate=1e-05 --cell lstm --image_size 16 --dataset 123"
+    config = parse(*words.split())
+    assert config == Config(epochs=5, rate=1e-5, cell="lstm", image_size=16, dataset="123")
+
+
+def test_yaml_file_gives_values_and_flags_win_over_it():
+    file = write_yaml("epochs: 7\nrate: 1e-05\n")
+    assert parse("--config", file) == Config(epochs=7, rate=1e-5)
+    assert parse("--config", file, "--epochs", "8") == Config(epochs=8, rate=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        ("--bogus 1", "--bogus"),
+        ("--epoch 1", "--epoch"),  # no abbreviations
+        ("stray", "stray"),
+        ("--epochs", "--epochs"),
+        ("--epochs many", "--epochs"),
+        ("--epochs 1.5", "--epochs"),
+        ("--rate fast", "--rate"),
+        ("--rate nan", "--rate"),
+        ("--cell gru", "--cell"),
+        ("--accelerator tpu", "--accelerator"),
+        ("--seed -1", "--seed"),
+        (f"--seed {2**63}", "--seed"),
+        ("--image_size 3", "--image_size"),
+        ("--image_size 1025", "--image_size"),
+        ("--config nowhere.yaml", "nowhere.yaml"),
+        ("--config .", "--config"),
+        ("--resume nowhere", "nowhere"),
+    ],
+)
+def test_wrong_words_are_named_in_one_line(words, culprit):
+    assert culprit in user_error(parse, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit"),
+    [
+        ("epochs: many\n", "--epochs"),
+        ("epochs: {a: 1}\n", "--epochs"),
+        ("epochs: null\n", "--epochs"),
+        ("seed: null\n", "--seed"),
+        ("cell: gru\n", "--cell"),
+        ("epoch: 1\n", "'epoch'"),
+        ("epochs: [1\n", "mine.yaml"),
+        ("a: b: c\n", "mine.yaml"),
+        ("\tepochs: 3\n", "mine.yaml"),
+        ("- 1\n- 2\n", "mine.yaml"),
+        ("only words\n", "mine.yaml"),
+        ("", "mine.yaml"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "mine.yaml"),  # not text, a checkpoint for example
+    ],
+)
+def test_wrong_yaml_is_named_in_one_line(text, culprit):
+    assert culprit in user_error(parse, "--config", write_yaml(text))
+
+
+@pytest.mark.parametrize("text", ["{}", "epochs: {}"])
+def test_yaml_is_data_and_never_code(text):
+    command = "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [made]]"
+    assert "python/object" in user_error(parse, "--config", write_yaml(text.replace("{}", command)))
+    assert not Path("made").exists()
+
+
+def test_print_config_prints_yaml_that_config_reads(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--epochs", "5", "--rate", "1e-05", "--print_config")
+    assert done.value.code == 0
+    assert parse("--config", write_yaml(capsys.readouterr().out)) == Config(epochs=5, rate=1e-5)
+
+
+def test_help_describes_every_field(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+
+    assert "What it does." in text
+    assert "--epochs N passes over the images (default: 3)" in text
+    assert "decides initial weights" in text
+
+
+CHANGED = {"epochs": 5, "rate": 1e-5, "cell": "lstm", "image_size": 16}
+ODD_NAMES = ["null", "1", "yes", "1e5", "a: b", "#x", " x ", "~", "'\"\\", "a\nb"]
+ODD_NAMES += ["Übung", "photos 😀"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {**CHANGED, "seed": 2**32 - 1, "precision": "fp32"},
+        *({"rate": rate} for rate in (1e22, 5e-324, 0.1 + 0.2, 3.0, -1e-7)),
+        *({"dataset": name} for name in ODD_NAMES),
+    ],
+    ids=str,
+)
+def test_saved_configuration_reads_back_equal(values):
+    fn.save_config(Path("config.yaml"), Config(**values))
+    assert parse("--config", "config.yaml") == Config(**values)
+
+
+def test_saved_configuration_forgets_where_the_run_wrote():
+    fn.save_config(Path("config.yaml"), Config(epochs=9, output_dir="there", resume="there"))
+    assert parse("--config", "config.yaml") == Config(epochs=9)
+
+
+def test_bare_resume_takes_the_newest_run_of_this_script():
+    for age, (folder, epochs) in enumerate([("script-a", 11), ("script-b", 12), ("other-c", 13)]):
+        save_run(f"runs/{folder}", epochs=epochs)
+        os.utime(f"runs/{folder}/config.yaml", (10**9 + age,) * 2)
+    assert parse("--resume") == parse("--resume", "--seed", "0")
+    newest = "runs/script-b"
+    assert parse("--resume") == Config(epochs=12, resume=newest, output_dir=newest)
+
+    Path("runs/script-a/checkpoint").touch()  # the newest is the run that wrote last
+    assert parse("--resume").epochs == 11
+
+
+def test_bare_resume_without_a_run_is_refused():
+    save_run("runs/other-a")
+    message = user_error(parse, "--resume")
+    assert "script" in message
+    assert "--resume" in message
+
+
+def test_resume_takes_the_saved_configuration():
+    save_run("run", epochs=9, rate=1e-5)
+    expected = Config(epochs=9, rate=1e-5, resume="run", output_dir="run")
+    assert parse("--resume", "run", "--epochs", "9") == expected
+
+
+def test_resume_refuses_another_value_and_names_its_flag():
+    save_run("run", epochs=9)
+    message = user_error(parse, "--resume", "run", "--epochs", "10")
+    assert "--epochs" in message
+    assert "run" in message
+    assert "--rate" not in message
+    assert "--rate" in user_error(parse, "--resume", "run", "--config", write_yaml("rate: 3.0\n"))
+
+
+def test_resume_of_a_folder_without_a_run_is_refused():
+    Path("empty").mkdir()
+    assert "empty" in user_error(parse, "--resume", "empty")
+
+
+def run_program(main, *words: str, monkeypatch, capsys) -> tuple[int, list[str]]:
+    """(exit status, lines on stderr) of `script.py WORDS`."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/script.py", *words])
+    with pytest.raises(SystemExit) as done:
+        fn.command_line(main, Config, "What it does.")
+    return done.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+def test_program_gets_its_configuration_and_exits_with_0(monkeypatch, capsys):
+    seen = []
+    assert run_program(seen.append, "--epochs", "4", monkeypatch=monkeypatch, capsys=capsys) == (
+        0,
+        [],
+    )
+    assert seen == [Config(epochs=4)]
+
+
+def test_user_error_is_one_line_and_status_2(monkeypatch, capsys):
+    def main(config: Config) -> None:
+        raise UserError("--dataset x: no such folder")
+
+    expected = (2, ["script.py: error: --dataset x: no such folder"])
+    assert run_program(main, monkeypatch=monkeypatch, capsys=capsys) == expected
+    status, lines = run_program(main, "--bogus", monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, len(lines)) == (2, 1)
+    assert "--bogus" in lines[0]
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        fn.command_line(lambda config: 1 / 0, Config, None)
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_resume_and_status_130(monkeypatch, capsys):
+    def main(config: Config) -> None:
+        with fn.Run(config).open():
+            raise KeyboardInterrupt
+
+    status, lines = run_program(main, "--output_dir", "out", monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, len(lines)) == (130, 1)
+    assert "python script.py --resume out" in lines[0]
+
+
+def test_ctrl_c_before_the_run_says_that_nothing_was_saved(monkeypatch, capsys):
+    def main(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    status, lines = run_program(main, monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, len(lines)) == (130, 1)
+    assert "nothing new was saved" in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# The run folder and its files
+# ------------------------------------------------------------------------------------------------
+
+
+def test_new_run_folder_is_named_after_script_and_set_and_has_the_configuration():
+    with fn.Run(Config(dataset="some/photos", epochs=4)).open() as folder:
+        assert folder.parent == Path("runs")
+        assert folder.name.startswith("script-photos-2")
+        assert {file.name for file in folder.iterdir()} == {"config.yaml", ".lock"}
+        saved = parse("--config", str(folder / "config.yaml"))
+        assert saved == Config(dataset="some/photos", epochs=4)
+
+
+def test_two_runs_in_the_same_second_get_different_folders(monkeypatch):
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "20300101-000000")
+    folders = []
+    for _ in range(3):
+        with fn.Run(Config()).open() as folder:
+            folders.append(folder)
+    assert len(set(folders)) == 3
+    assert all((folder / "config.yaml").is_file() for folder in folders)
+
+
+def test_output_dir_is_made_with_its_parents_and_may_exist_empty():
+    Path("there").mkdir()
+    for name in ("deep/er", "there"):
+        with fn.Run(Config(output_dir=name)).open() as folder:
+            assert folder == Path(name)
+            assert (folder / "config.yaml").is_file()
+
+
+def enter(config: Config) -> None:
+    with fn.Run(config).open():
+        pytest.fail("the folder was accepted")
+
+
+def test_output_dir_with_anything_in_it_is_refused_and_untouched():
+    Path("full").mkdir()
+    Path("full/config.yaml").write_text("precious")
+    assert "--output_dir full" in user_error(enter, Config(output_dir="full"))
+    assert [(file.name, file.read_text()) for file in Path("full").iterdir()] == [
+        ("config.yaml", "precious")
+    ]
+
+
+@pytest.mark.parametrize("wanted", ["file", "file/below", "file/below/that"])
+def test_output_dir_that_is_or_lies_below_a_file_is_refused(wanted):
+    Path("file").write_text("precious")
+    assert f"--output_dir {wanted}" in user_error(enter, Config(output_dir=wanted))
+    assert Path("file").read_text() == "precious"
+
+
+def test_ctrl_c_in_a_run_carries_the_command_that_resumes_it():
+    run = fn.Run(Config(output_dir="out"))
+    with pytest.raises(KeyboardInterrupt) as stopped, run.open():
+        raise KeyboardInterrupt
+    assert "python script.py --resume out" in str(stopped.value)
+
+
+def test_resumed_run_keeps_its_folder_and_configuration():
+    folder = save_run("run", epochs=9)
+    before = (folder / "config.yaml").read_bytes()
+    with fn.Run(parse("--resume", "run")).open() as reopened:
+        assert reopened == folder
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("data", [b"", b"whole", bytes(range(256)) * 5000])
+def test_a_file_is_written_whole(data):
+    Path("file").write_bytes(b"old")
+    fn.write_atomically(Path("file"), data)
+    assert Path("file").read_bytes() == data
+    assert os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(failing, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    Path("file").write_bytes(b"old")
+    monkeypatch.setattr(files.os, failing, fail)
+    with pytest.raises(fn.UserError, match="No space"):
+        fn.write_atomically(Path("file"), b"new")
+    assert Path("file").read_bytes() == b"old"
+    assert os.listdir() == ["file"]
+
+
+def test_save_torch_is_what_torch_load_reads_as_plain_data():
+    fn.save_torch(Path("x.pt"), {"w": torch.arange(5), "rows": [{"epoch": 1}]})
+    loaded = torch.load("x.pt", weights_only=True)
+    assert loaded["rows"] == [{"epoch": 1}]
+    assert torch.equal(loaded["w"], torch.arange(5))
+
+
+def test_csv_has_every_column_and_blanks_for_what_a_row_lacks():
+    rows = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "knn": 0.25, "loss": 0.125}]
+    fn.write_csv(Path("m.csv"), rows)
+    assert Path("m.csv").read_bytes() == b"epoch,loss,knn\n1,0.5,\n2,0.125,0.25\n"
+
+
+def test_results_json_has_the_common_keys_and_the_outcome():
+    run = fn.Run(Config("digits", seed=5, accelerator="cpu", precision="fp32", output_dir="out"))
+    with run.open():
+        run.save(knn={"accuracy": 0.5})
+    results = json.loads(Path("out/results.json").read_text())
+    keys = "script dataset seed device precision threads versions git_commit git_dirty seconds knn"
+
+    assert list(results) == keys.split()
+    assert (results["script"], results["dataset"], results["seed"]) == ("script.py", "digits", 5)
+    assert (results["device"], results["precision"]) == ("cpu", "fp32")
+    assert results["threads"] == torch.get_num_threads()
+    assert results["versions"]["torch"] == torch.__version__
+    assert 0 <= results["seconds"] < 60
+    assert results["knn"] == {"accuracy": 0.5}
+
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    assert results["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+
+
+def test_results_without_git_still_appear(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    fn.Run(Config(accelerator="cpu")).save()
+    results = json.loads(Path("results.json").read_text())
+    assert (results["git_commit"], results["git_dirty"]) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Devices and memory
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_device_that_is_not_there_is_refused():
+    assert "--accelerator cuda" in user_error(devices.resolve_device, "cuda")
+    assert "--accelerator cuda" in user_error(parse, "--accelerator", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")]
+)
+def test_auto_takes_cuda_else_mps_else_the_cpu(cuda, mps, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert devices.resolve_device("auto") == device
+    assert devices.resolve_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_a_given_precision_is_taken_everywhere(device):
+    assert devices.resolve_precision("fp32", device) == "fp32"
+    assert devices.resolve_precision("bf16", device) == "bf16"
+
+
+def test_auto_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
+    assert devices.resolve_precision("auto", "mps") == "fp32"
+    for fast, version, precision in ((True, (9, 0), "bf16"), (False, (7, 5), "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda version=version: version)
+        assert devices.resolve_precision("auto", "cpu") == precision
+        assert devices.resolve_precision("auto", "cuda") == precision
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="counts page faults of glibc's allocator"
+)
+def test_a_prepared_process_does_not_fetch_the_same_memory_again():
+    """20 times 40 MiB are 200,000 pages of 4 KiB; a process that keeps memory fetches them once.
+
+    Below 32 MiB, glibc may keep a block on its own.
+    """
+    program = """
+import resource, torch, functions as fn
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10): [torch.ones(10 * 2**20), torch.ones(10 * 2**20)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(); before = faults()
+fn.prepare_device(fn.Machine("cpu", "fp32"))
+faults(); print(before, faults())
+"""
+    options = {"capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, **options)
+    unprepared, prepared = map(int, done.stdout.split())
+    assert prepared < unprepared / 10
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches and seeds
+# ------------------------------------------------------------------------------------------------
+
+
+def flatten(batches: fn.Batches) -> torch.Tensor:
+    return torch.cat([batch for (batch,) in batches])
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size"), [(10, 3), (12, 3), (10, 1), (10, 10), (10, 99), (1, 1)]
+)
+def test_every_image_comes_once_per_epoch(n, batch_size):
+    for seed in (None, 0):
+        batches = fn.Batches(torch.arange(n), batch_size=batch_size, seed=seed)
+        sizes = [len(batch) for (batch,) in batches]
+        assert len(batches) == len(sizes) == math.ceil(n / batch_size)
+        assert all(size == batch_size for size in sizes[:-1])
+        assert flatten(batches).sort().values.tolist() == list(range(n))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (12, 3), (10, 10), (10, 99)])
+def test_drop_last_leaves_only_whole_batches(n, batch_size):
+    for seed in (None, 0):
+        batches = fn.Batches(torch.arange(n), batch_size=batch_size, seed=seed, drop_last=True)
+        sizes = [len(batch) for (batch,) in batches]
+        assert sizes == [batch_size] * (n // batch_size)
+        assert len(batches) == len(sizes)
+        seen = [i for (batch,) in batches for i in batch.tolist()]
+        assert len(set(seen)) == len(seen)
+
+
+def test_unshuffled_batches_are_slices_in_order():
+    images = torch.arange(20)
+    batches = list(fn.Batches(images, batch_size=6))
+    assert torch.equal(torch.cat([batch for (batch,) in batches]), images)
+    assert batches[1][0].data_ptr() == images[6:].data_ptr()  # no copy
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    torch.manual_seed(1)
+    batches = fn.Batches(torch.arange(100), batch_size=7, seed=5)
+    batches.epoch = 3
+    state = torch.get_rng_state()
+    order = flatten(batches)
+    assert torch.equal(state, torch.get_rng_state())  # nothing comes from the global generator
+
+    torch.manual_seed(2)
+    again = fn.Batches(torch.arange(100), batch_size=30, seed=5)
+    again.epoch = 3
+    assert torch.equal(order, flatten(again))
+    assert torch.equal(order, flatten(again))
+
+
+def test_order_differs_between_epochs_and_seeds():
+    orders = set()
+    for seed, epoch in itertools.product(range(5), range(5)):
+        batches = fn.Batches(torch.arange(50), batch_size=50, seed=seed)
+        batches.epoch = epoch
+        orders.add(tuple(flatten(batches).tolist()))
+    assert len(orders) == 25
+
+
+def test_tensors_of_a_batch_stay_aligned():
+    images, labels = torch.arange(30).view(30, 1, 1, 1), torch.arange(30)
+    for seed in (None, 0):
+        for batch, label in fn.Batches(images, labels, batch_size=8, seed=seed):
+            assert torch.equal(batch.flatten(), label)
+
+
+def test_mixed_seeds_are_fixed_and_distinct_63_bit_numbers():
+    numbers = [*itertools.product(range(40), range(40)), *itertools.product(range(1, 9), repeat=3)]
+    seeds = [fn.mix_seed(*pair) for pair in numbers]
+    assert seeds == [fn.mix_seed(*pair) for pair in numbers]
+    assert len(set(seeds)) == len(numbers)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+    assert fn.mix_seed(2**63 - 1, 0) != fn.mix_seed(2**62, 0)
+
+
+def test_the_order_of_an_epoch_and_its_augmentation_draw_from_different_seeds():
+    """Batches mixes (seed, epoch), EpochSeed mixes (seed, epoch, rank)."""
+    assert fn.mix_seed(3, 4) != fn.mix_seed(3, 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training with Lightning
+# ------------------------------------------------------------------------------------------------
+
+
+class Softmax(fn.Classification):
+    """The smallest model that trains."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train_softmax(log: fn.EpochLog, epochs: int = 3, poison: float = 0.0) -> Softmax:
+    x = randn(60, 5, dtype=torch.float32)
+    y = (x[:, 0] > 0).long()
+    x[0, 0] += poison
+    torch.manual_seed(0)
+    train = fn.Batches(x, y, batch_size=16, seed=0)
+    module = Softmax(nn.Linear(5, 2), train, fn.Batches(x[40:], y[40:], batch_size=16))
+    fn.fit(fn.make_trainer(CPU.machine, CPU.seed, epochs, log), module)
+    return module
+
+
+def test_training_logs_one_row_per_epoch_and_writes_them(capsys):
+    log = fn.EpochLog(Path("metrics.csv"))
+    module = train_softmax(log)
+    keys = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+    keys += ["learning_rate", "images_per_second", "seconds"]
+    assert [row["epoch"] for row in log.rows] == [1, 2, 3]
+    assert all(sorted(row) == sorted(keys) for row in log.rows)
+    assert log.rows[-1]["train_loss"] < log.rows[0]["train_loss"]
+
+    inputs, labels = module.evaluate_batches.tensors
+    accuracy = fn.accuracy(module(inputs).argmax(1), labels)
+    assert log.rows[-1]["validation_accuracy"] == pytest.approx(accuracy)
+
+    loss = nn.functional.cross_entropy(module(inputs), labels).item()
+    assert log.rows[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+    with open("metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == log.rows
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+
+
+def test_an_epochs_row_is_the_mean_over_its_images_also_when_the_last_batch_is_smaller():
+    """Three images in batches of two; the learning rate is 0."""
+    x, y = randn(3, 5, dtype=torch.float32), torch.tensor([0, 1, 1])
+    train, validation = fn.Batches(x, y, batch_size=2), fn.Batches(x, y, batch_size=2)
+    module = Softmax(nn.Linear(5, 2), train, validation)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    log = fn.EpochLog(quiet=True)
+    fn.fit(fn.make_trainer(CPU.machine, CPU.seed, 1, log), module)
+
+    loss = nn.functional.cross_entropy(module(x), y).item()
+    accuracy = fn.accuracy(module(x).argmax(1), y)
+    for split in ("train", "validation"):
+        assert log.rows[0][f"{split}_loss"] == pytest.approx(loss, rel=1e-5)
+        assert log.rows[0][f"{split}_accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_same_seed_trains_the_same_weights():
+    one, two = (train_softmax(fn.EpochLog(quiet=True)).model.weight for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
+    log = fn.EpochLog(Path("metrics.csv"), quiet=True)
+    message = user_error(train_softmax, log, 3, math.inf)
+    batches = fn.Batches(torch.arange(60), batch_size=16, seed=0)
+
+    # Image 0 is the poisoned one.
+    step = next(i for i, (batch,) in enumerate(batches, start=1) if 0 in batch)
+    for words in ("epoch 1", f"step {step}", "learning rate 0.1", "--learning_rate", "checkpoint"):
+        assert words in message
+    assert log.rows == []
+
+
+def test_rows_travel_in_the_checkpoint():
+    log, resumed = fn.EpochLog(), fn.EpochLog()
+    log.rows = [
+        {"epoch": 1, "train_loss": 0.5},
+        {"epoch": 2, "train_loss": 0.25, "knn_accuracy": 0.125},
+    ]
+    fn.save_torch(Path("log.pt"), log.state_dict())
+    resumed.load_state_dict(torch.load("log.pt", weights_only=True))
+    assert resumed.rows == log.rows
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (45, "45 s"),
+        (89, "89 s"),
+        (120, "2 min"),
+        (725, "12 min"),
+        (3 * 3600 + 5 * 60, "3 h 05 min"),
+        (7199, "2 h 00 min"),
+        (100 * 3600, "100 h 00 min"),
+    ],
+)
+def test_durations_are_written_for_people(seconds, text):
+    assert fn.format_time(seconds) == text

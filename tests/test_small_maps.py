@@ -1,0 +1,106 @@
+"""contrastive/small_maps.py: a convolution of small maps computes what torch's does."""
+
+import pytest
+import torch
+
+import simCLR
+from contrastive import small_maps
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+SMALL_MAPS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (4, 4)]
+SMALL_MAPS += [(2, 4), (4, 3), (5, 5), (7, 6), (8, 8), (9, 9)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("height", "width"), SMALL_MAPS)
+def test_a_small_map_is_convolved_as_any_other(height, width, stride):
+    """Value and both gradients are those of torch's convolution, in either memory format."""
+    torch.manual_seed(0)
+    ours = small_maps.SmallMapConv2d(5, 7, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(4, 5, height, width, dtype=torch.float64, requires_grad=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = ours(x.contiguous(memory_format=memory_format))
+        expected = torch.nn.functional.conv2d(x, ours.weight, stride=stride, padding=1)
+        torch.testing.assert_close(y, expected)
+
+        g = torch.randn_like(y)
+        gradients = [torch.autograd.grad(out, (x, ours.weight), g) for out in (y, expected)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_small_maps_follow_autocast(size):
+    torch.manual_seed(0)
+    ours = small_maps.SmallMapConv2d(16, 8, 3, stride=2 if size == 8 else 1, padding=1, bias=False)
+    x = torch.randn(4, 16, size, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+    y.float().sum().backward()
+
+    assert y.dtype == torch.bfloat16
+    assert ours.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), ours(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 1), (8, 2), (7, 2)])
+def test_small_maps_in_bfloat16_are_rounded_like_torchs(size, stride):
+    """Value and gradients have at most twice the error of torch's own convolution."""
+    torch.manual_seed(0)
+    layer = small_maps.SmallMapConv2d(64, 64, 3, stride, padding=1, bias=False)
+    x = torch.randn(32, 64, size, size)
+    g = torch.randn_like(layer(x))
+
+    def outcome(forward, dtype):
+        a, w = (t.detach().to(dtype).requires_grad_() for t in (x, layer.weight))
+        y = forward(a, w)
+        return [t.double() for t in (y, *torch.autograd.grad(y, (a, w), g.to(dtype)))]
+
+    def theirs(a, w):
+        return torch.nn.functional.conv2d(a, w, stride=stride, padding=1)
+
+    def ours(a, w):
+        return small_maps.PatchConvolution.apply(a, w, stride)
+
+    exact = outcome(theirs, torch.float64)
+    rounded = outcome(ours, torch.bfloat16), outcome(theirs, torch.bfloat16)
+    for e, a, b in zip(exact, *rounded, strict=True):
+        assert (a - e).norm() < 2 * (b - e).norm()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "ours"), [(4, 1, True), (8, 2, True), (5, 1, False), (9, 2, False)]
+)
+def test_maps_of_up_to_four_pixels_out_are_gathered_and_larger_ones_left_to_torch(
+    monkeypatch, size, stride, ours
+):
+    calls, gather = [], small_maps.PatchConvolution.apply
+
+    def noted(*args):
+        calls.append(1)
+        return gather(*args)
+
+    monkeypatch.setattr(small_maps.PatchConvolution, "apply", noted)
+    small_maps.SmallMapConv2d(2, 2, 3, stride, padding=1, bias=False)(torch.zeros(1, 2, size, size))
+    assert bool(calls) == ours
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_bfloat16_gradients_of_small_images_are_those_of_float32(stem):
+    """On 8 x 8 images the last maps are single pixels.
+
+    There the CPU's own bfloat16 convolution may fail.
+    """
+    torch.manual_seed(0)
+    encoder, _ = simCLR.build_encoder("resnet18", stem)
+    x, gradients = torch.randn(32, 3, 8, 8), []
+    for enabled in (False, True):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            encoder(x).float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+
+    assert gradients[1].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
