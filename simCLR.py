@@ -293,8 +293,8 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
     """Linear warm-up from 1/warmup_steps to 1, then a cosine to 0 at total_steps, no restarts."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
+    decay_steps = max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -65,6 +65,17 @@ def test_no_other_fraction_is_accepted(fraction):
         fn.stratified_subset(UNEVEN, fraction, seed=0)
 
 
+def test_a_subset_by_count_has_that_many_of_each_class_and_smaller_ones_within():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)[torch.randperm(84)]
+    chosen = [fn.per_class_subset(labels, count, seed=3) for count in (1, 2, 10)]
+    counts = [labels[indices].bincount().tolist() for indices in chosen]
+    assert counts == [[1, 1, 1], [2, 2, 2], [10, 10, 4]]
+    one, two, ten = (set(indices.tolist()) for indices in chosen)
+    assert one < two < ten
+    assert torch.equal(chosen[1], fn.per_class_subset(labels, 2, seed=3))
+    assert not torch.equal(chosen[2], fn.per_class_subset(labels, 10, seed=4))
+
+
 def test_subset_and_complement_are_everything_once():
     subset = fn.stratified_subset(UNEVEN, 0.3, seed=0)
     rest = fn.complement(subset, len(UNEVEN))
@@ -543,3 +554,30 @@ def test_class_names_of_any_kind_can_be_drawn(tmp_path):
         warnings.simplefilter("error")
         fn.plot_confusion_matrix(labels, labels, names, tmp_path / "matrix.png", "t")
         fn.plot_tsne(points, labels, names, tmp_path / "tsne.png", "t")
+
+
+@pytest.mark.parametrize("values", [[0.979, 0.986], [0.5, 0.5], [1.0, 1.0], [0.0, 0.001]])
+def test_an_axis_of_accuracy_spans_five_points_at_least(values):
+    """Noise of half a point is not to fill the figure."""
+    _, axis = fn.new_figure(4, 3)
+    axis.plot(values)
+    fn.over_epochs(axis, "accuracy", accuracy=True)
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(0.05)
+    assert low < min(values)
+    assert max(values) < high
+
+
+def test_a_wide_axis_of_accuracy_stays_as_it_is():
+    _, axis = fn.new_figure(4, 3)
+    axis.plot([0.1, 0.9])
+    before = axis.get_ylim()
+    fn.of_accuracy(axis)
+    assert axis.get_ylim() == before
+
+
+def test_a_table_has_its_first_column_flush_left_and_the_others_flush_right(capsys):
+    fn.print_columns([("cell", "test", "gap"), ("lstm, wide", "57.9 %", "3"), ("rnn", "5.1 %", "")])
+    assert capsys.readouterr().out == (
+        "  cell           test   gap\n  lstm, wide   57.9 %     3\n  rnn           5.1 %\n"
+    )

@@ -9,16 +9,22 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import pytest
 import torch
 from helpers import CPU, Config, randn, user_error
 from torch import nn
 
 import functions as fn
+import rnn
+import rnn_hyperparameter_tune
+import simCLR
 from functions import UserError
-from machinery import devices, files, run_folder
+from machinery import command_line, devices, files, run_folder, training
 
 HERE = Path(__file__).parent
 
@@ -132,6 +138,60 @@ def test_help_describes_every_field(capsys):
     assert "What it does." in text
     assert "--epochs N passes over the images (default: 3)" in text
     assert "decides initial weights" in text
+
+
+def test_help_shows_the_example_commands_as_they_stand(capsys):
+    commands = "    python script.py         # plain\n    python x"
+    docstring = f"What it does.\n\nHow.\n\n{commands}\n\nMore."
+    with pytest.raises(SystemExit):
+        fn.parse_config(Config, ["--help"], docstring)
+    shown = capsys.readouterr().out
+    assert f"What it does.\n\nHow.\n\n{commands}\n" in shown
+    assert "More." not in shown
+
+
+@pytest.mark.parametrize("script", [rnn, simCLR, rnn_hyperparameter_tune])
+def test_flags_stand_in_groups_of_a_dozen_at_most_each_with_its_sentence(script):
+    groups = command_line.groups(script.Config)
+    first, *_, last = groups
+    assert (first, last) == ("data", "run and machine")
+    assert len(groups) >= 4
+    assert all(1 <= len(flags) <= 12 for flags in groups.values())
+    assert all(words for flags in groups.values() for words in flags.values())
+    shown = [flag for flags in groups.values() for flag in flags]
+    assert sorted(shown) == sorted(script.Config.__dataclass_fields__)
+
+
+@dataclass
+class Switched(Config):
+    """With a switch."""
+
+    on: bool = False
+    """whether it is on"""
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        ("", False),
+        ("--on", True),
+        ("--on --epochs 4", True),
+        ("--no-on", False),
+        ("--on true", True),
+        ("--on=false", False),
+        ("--config on.yaml", True),
+        ("--no-on --config on.yaml", False),
+    ],
+)
+def test_a_switch_works_bare_and_with_its_value(words, on):
+    write_yaml("on: true\n", "on.yaml")
+    assert fn.parse_config(Switched, words.split()).on is on
+
+
+def test_a_flag_wins_over_the_file_wherever_config_stands():
+    file = write_yaml("epochs: 7\nrate: 0.5\n")
+    assert parse("--epochs", "8", "--config", file) == Config(epochs=8, rate=0.5)
+    assert parse("--epochs", "8", f"--config={file}", "--rate", "1") == Config(epochs=8, rate=1.0)
 
 
 CHANGED = {"epochs": 5, "rate": 1e-5, "cell": "lstm", "image_size": 16}
@@ -378,6 +438,50 @@ def test_results_without_git_still_appear(monkeypatch):
     assert (results["git_commit"], results["git_dirty"]) == (None, None)
 
 
+def test_a_finished_run_is_one_with_results_and_the_same_settings(capsys):
+    """Whatever the order of its config.yaml, and whether or not that knows newer settings."""
+    folder = save_run("run", epochs=3)
+    assert not fn.Run(parse("--resume", "run")).is_finished()
+    (folder / "results.json").write_text("{}")
+    assert fn.Run(parse("--resume", "run")).is_finished()
+    assert "run is finished" in capsys.readouterr().out
+
+    (folder / "config.yaml").write_text("seed: 0\ndataset: cifar10\n")  # an older version's
+    assert fn.Run(parse("--resume", "run")).is_finished()
+    (folder / "config.yaml").write_text("epochs: 2\n")
+    config = Config(epochs=3, resume="run", output_dir="run")
+    assert not fn.Run(config).is_finished()
+
+
+def test_git_speaks_of_the_whole_project(monkeypatch):
+    """From machinery/ alone, a change in a script would go unnoticed."""
+    seen = []
+    answer = SimpleNamespace(returncode=0, stdout="")
+    monkeypatch.setattr(
+        run_folder.subprocess, "run", lambda words, **options: seen.append(options) or answer
+    )
+    fn.Run(Config())
+    assert {options["cwd"] for options in seen} == {HERE.parent}
+
+
+def test_a_folder_is_locked_until_the_block_ends(capsys):
+    with files.locked(Path("here")):
+        with pytest.raises(filelock.Timeout), files.locked(Path("here"), wait=False):
+            pytest.fail("two at a time")
+        assert Path("here/.lock").exists()
+    with files.locked(Path("here"), wait=False):
+        pass
+
+
+def test_where_the_file_system_has_no_locks_there_is_none(monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(files.FileLock, "acquire", fail)
+    with files.locked(Path("here"), wait=False):
+        pass
+
+
 # ------------------------------------------------------------------------------------------------
 # Devices and memory
 # ------------------------------------------------------------------------------------------------
@@ -601,6 +705,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
     for words in ("epoch 1", f"step {step}", "learning rate 0.1", "--learning_rate", "checkpoint"):
         assert words in message
     assert log.rows == []
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run_before_its_row_is_kept():
+    class Poisoned(Softmax):
+        def validation_step(self, batch, batch_idx):
+            self.log("validation_loss", torch.tensor(torch.nan))
+
+    x, y = randn(8, 5, dtype=torch.float32), torch.tensor([0, 1] * 4)
+    batches = fn.Batches(x, y, batch_size=4)
+    log = fn.EpochLog(quiet=True)
+    trainer = fn.make_trainer(CPU.machine, CPU.seed, 2, log, rate="--rate")
+    with pytest.raises(fn.Diverged, match=r"epoch 1, step 2, .*good checkpoint: none.*--rate"):
+        fn.fit(trainer, Poisoned(nn.Linear(5, 2), batches, batches))
+    assert log.rows == []
+
+
+def test_an_epochs_line_says_what_was_measured():
+    row = {"epoch": 3, "train_loss": 0.5, "train_accuracy": 0.25, "knn_accuracy": 0.125}
+    row |= {"learning_rate": 0.1, "images_per_second": 1234.5, "seconds": 2.0}
+    line = training.epoch_line(row, epochs=10, seconds=20.0, names={"knn": "k-NN"})
+    words = "epoch  3/10  train loss 0.5000  25.0 %  k-NN 12.5 %  lr 0.1"
+    assert line == f"{words}  1,234 images/s  2 min left"
+
+
+def test_batches_of_another_device_are_others():
+    batches = fn.Batches(torch.arange(4), batch_size=2, seed=0)
+    moved = batches.to(torch.device("meta"))
+    assert moved.tensors[0].device.type == "meta"
+    assert batches.tensors[0].device.type == "cpu"
+    assert (moved.batch_size, moved.seed) == (2, 0)
 
 
 def test_rows_travel_in_the_checkpoint():

@@ -1,7 +1,11 @@
 """contrastive/small_maps.py: a convolution of small maps computes what torch's does."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
+from torchvision.models import resnet18
 
 import simCLR
 from contrastive import small_maps
@@ -104,3 +108,20 @@ def test_bfloat16_gradients_of_small_images_are_those_of_float32(stem):
 
     assert gradients[1].isfinite().all()
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+def test_layers_are_replaced_with_their_weights_and_no_random_number_is_drawn():
+    torch.manual_seed(0)
+    plain = resnet18()
+    state, ours = torch.get_rng_state(), copy.deepcopy(plain)
+    small_maps.use_small_maps(ours)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), plain.state_dict().values()))
+
+    layers = [m for m in ours.modules() if isinstance(m, nn.Conv2d)]
+    kinds = {type(layer) for layer in layers if layer.kernel_size == (3, 3)}
+    assert kinds == {small_maps.SmallMapConv2d}
+    assert type(ours.conv1) is nn.Conv2d  # 7x7
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
