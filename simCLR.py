@@ -12,6 +12,9 @@ One step of training, with the paper's letters (Section 2.1, Figure 2):
 
     x  --t ~ T-->  two views  --f(.)-->  representations h  --g(.)-->  embeddings z  -->  NT-Xent
 
+Measured (results/digits): with one label per class, a linear probe on h reaches 77.2 ± 5.6 %, on
+raw pixels 53.4 ± 6.1 %.
+
 What can be set stands beside what it sets: Views, EncoderAndHead, Optimisation, and in
 contrastive/evaluation.py EvaluationSettings. Config, at the end, is all of them.
 """
