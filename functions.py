@@ -33,6 +33,7 @@ from images.sets import (  # noqa: F401
     per_class_subset,
     stratified_subset,
 )
+from machinery import trials  # noqa: F401
 from machinery.batches import Batches, mix_seed  # noqa: F401
 from machinery.command_line import (  # noqa: F401
     BELOW_1,

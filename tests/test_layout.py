@@ -29,7 +29,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "machinery/command_line.py": {"errors", "files", "devices", "durations"},
     "machinery/run_folder.py": {"errors", "files", "devices", "command_line"},
     "machinery/training.py": {"errors", "files", "devices", "durations", "batches"},
-    "machinery/study.py": {"errors", "devices", "durations"},
+    "machinery/trials.py": {"errors"},
     "images/folders.py": set(),
     "images/sets.py": {"folders"},
     "contrastive/augmentation.py": set(),

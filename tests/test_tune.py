@@ -14,6 +14,7 @@ import time
 import weakref
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -24,6 +25,7 @@ from processes import finish, start
 import functions as fn
 import rnn
 import rnn_hyperparameter_tune as tune
+from functions import trials
 
 SPACE = {
     "hidden_size": [128, 256, 512],
@@ -197,7 +199,7 @@ pytestmark = [
 
 def small_study(tmp_path, **changes):
     config = tune.Config(**{"dataset": "digits", "n_trials": 2, "epochs": 2} | changes)
-    splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
+    splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
     study = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
     return study, splits, config
 
@@ -330,7 +332,7 @@ def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
     expected = sorted((trial.value, trial.number + 1, trial.params) for trial in complete)[:5]
     assert [(t["value"], t["trial"], t["params"]) for t in outcome["best_trials"]] == expected
 
-    names = ("history", "intermediate_values", "importances", "parallel_coordinates", "slices")
+    names = ("history", "intermediate_values", "importances")
     assert all((tmp_path / f"out/{name}.png").stat().st_size > 5000 for name in names)
 
 
@@ -463,7 +465,7 @@ def test_any_other_error_ends_the_worker_and_costs_no_trial(tmp_path, monkeypatc
     tune.run_study(study, splits, config)
     states = [trial.state.name for trial in study.trials]
     assert states == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert len(tune.counted(study)) == 3
+    assert len(trials.counted(study)) == 3
 
 
 @pytest.mark.parametrize(
@@ -493,7 +495,7 @@ def test_a_database_that_fails_in_the_middle_is_one_line(method, tmp_path, monke
 
 def test_a_password_is_not_printed():
     error = ValueError("no user me:secret there")
-    text = tune.database_problem("postgresql+psycopg://me:secret@host/db", error)
+    text = trials.database_problem("postgresql+psycopg://me:secret@host/db", error)
     assert "secret" not in text
     assert "postgresql+psycopg://me:***@host/db" in text
 
@@ -557,7 +559,7 @@ def started(url):
 
 def check_shared_study(url, cwd):
     study = work_together(url, cwd, n_trials=6)
-    kept = tune.counted(study)
+    kept = trials.counted(study)
     assert len(kept) == 6
     assert {trial.state.name for trial in kept} <= {"COMPLETE", "PRUNED"}
     assert len({tuple(trial.params.items()) for trial in kept}) == 6, "no two draw the same"
@@ -570,7 +572,7 @@ def check_rescue(url, cwd):
     retried = [trial for trial in others if trial.system_attrs.get("failed_trial") == lost.number]
     assert len(retried) == 1
     assert retried[0].params == lost.params
-    ended = [trial.state.name in ("COMPLETE", "PRUNED") for trial in tune.counted(study)]
+    ended = [trial.state.name in ("COMPLETE", "PRUNED") for trial in trials.counted(study)]
     assert ended == [True, True]
 
 
@@ -586,7 +588,7 @@ def test_a_trial_whose_worker_died_before_it_drew_anything_is_made_up_for(tmp_pa
     """Optuna sees no heartbeat there, and would wait for it for ever."""
     url = f"sqlite:///{tmp_path}/x.db"
     config = tune.Config(dataset="digits", n_trials=1, epochs=1, storage=url, heartbeat=2)
-    splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
+    splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
     study = tune.open_study(config, config.storage)
     study.ask()
     tune.run_study(study, splits, config)
@@ -601,7 +603,7 @@ def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
     """
     url = f"sqlite:///{tmp_path}/x.db"
     config = tune.Config(dataset="digits", n_trials=2, epochs=1, storage=url)
-    splits = rnn.split(fn.load_dataset("digits"), rnn.Config(dataset="digits"))
+    splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
     study = tune.open_study(config, config.storage)
     train, calls = rnn.train, []
 
@@ -611,7 +613,7 @@ def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
         if len(calls) == 1:
             taken, failed = study.trials[0]._trial_id, optuna.trial.TrialState.FAIL
             study._storage.set_trial_state_values(taken, failed)
-            tune.retry(study, study.trials[0])
+            trials.retry(study, study.trials[0])
         return trained or train(*args, **options)
 
     monkeypatch.setattr(rnn, "train", suspended)
@@ -629,7 +631,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
         assert "drawn" not in trial.user_attrs, "its new worker has not drawn it yet"
         trial.set_user_attr("drawn", True)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        tune.retry(study, study.trials[number])
+        trials.retry(study, study.trials[number])
     assert len(study.trials) == 4, "retried three times, and no more"
 
 
@@ -637,10 +639,11 @@ def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
     """Two workers that see one trial missing both begin one; the later one trains nothing."""
     study, splits, config = small_study(tmp_path, n_trials=1, epochs=1)
     study.ask()  # the other worker's
-    tune.run_trial(study, splits, config, tune.Progress(study, config))
+    objective = partial(tune.objective, splits=splits, config=config)
+    trials.run_trial(study, objective, tune.Progress(study, config))
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"]
     assert not study.trials[1].params
-    assert len(tune.counted(study)) == 1
+    assert len(trials.counted(study)) == 1
 
 
 def test_workers_share_a_private_study_and_go_on_with_one(run_here, tmp_path):
@@ -659,7 +662,7 @@ def test_workers_share_a_private_study_and_go_on_with_one(run_here, tmp_path):
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="rnn")
 
     # If both workers took the last place, the sixth trial trained nothing and does not count.
-    kept = tune.counted(study)
+    kept = trials.counted(study)
     assert [trial.number for trial in kept] == [0, 1, 2, 3, 4]
     assert len({tuple(trial.params.items()) for trial in kept}) == 5
 
