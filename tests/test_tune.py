@@ -46,7 +46,8 @@ def test_every_suggested_value_reaches_model_and_optimiser(cell, name, value):
     config = tune.suggest(optuna.trial.FixedTrial(params), tune.Config(cell=cell, epochs=7, seed=5))
     images, labels = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 4
     splits = rnn.Splits((images, labels), (images, labels), (images, labels), tuple("abcd"))
-    module = rnn.RowClassification(rnn.build_model(config, cell, images, 4), splits, config)
+    model = rnn.build_model(config, cell, images, 4, config.seed)
+    module = rnn.RowClassification(model, splits, config)
     optimiser = module.configure_optimizers()["optimizer"]
     recurrent, head = module.model.recurrent, module.model.head
 
@@ -112,7 +113,8 @@ def test_every_value_of_the_extended_space_reaches_model_and_training(name, valu
 
     images, labels = torch.zeros(300, 3, 8, 8, dtype=torch.uint8), torch.arange(300) % 4
     splits = rnn.Splits((images, labels), (images, labels), (images, labels), tuple("abcd"))
-    module = rnn.RowClassification(rnn.build_model(config, config.cell, images, 4), splits, config)
+    model = rnn.build_model(config, config.cell, images, 4, config.seed)
+    module = rnn.RowClassification(model, splits, config)
     cycle = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     optimiser, model = cycle.optimizer, module.model
 
@@ -576,6 +578,7 @@ def check_rescue(url, cwd):
     assert ended == [True, True]
 
 
+@pytest.mark.slow
 def test_two_workers_on_sqlite_lose_nothing(tmp_path):
     check_shared_study(f"sqlite:///{tmp_path}/shared.db", tmp_path)
 
@@ -646,6 +649,7 @@ def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
     assert len(trials.counted(study)) == 1
 
 
+@pytest.mark.slow
 def test_workers_share_a_private_study_and_go_on_with_one(run_here, tmp_path):
     flags = ["--dataset", "digits", "--epochs", 1, "--output_dir", "out"]
     first = run_here("rnn_hyperparameter_tune.py", *flags, "--n_trials", 2, cwd=tmp_path)
