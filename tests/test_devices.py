@@ -56,9 +56,8 @@ def whole_batch(run, tmp_path_factory):
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
-@pytest.mark.parametrize(
-    "micro", [[], pytest.param(["--micro_batch_size", 100], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [[], ["--micro_batch_size", 100]])
 def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp_path):
     """They have the same loss and the same gradient of all parameters.
 

@@ -563,7 +563,7 @@ def test_an_axis_of_accuracy_spans_five_points_at_least(values):
     axis.plot(values)
     fn.over_epochs(axis, "accuracy", accuracy=True)
     low, high = axis.get_ylim()
-    assert 0.0499 < high - low < 0.06
+    assert high - low > 0.0499
     assert low < min(values)
     assert max(values) < high
 

@@ -153,7 +153,7 @@ def test_every_value_of_the_extended_space_reaches_model_and_training(name, valu
         "gradient_clip": clipped[0],
         "label_smoothing": smoothed[0],
         "crop_padding": augmented[0],
-        "flip": augmented[1],
+        "flip": {0.0: False, 0.5: True}[augmented[1]],  # drawn as a switch
     }
 
     assert built == {"dropout": 0.0} | params
