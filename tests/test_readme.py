@@ -77,6 +77,17 @@ def test_config_file_is_accepted_by_the_script_it_names(file):
     assert yaml.safe_load(file.read_text())
 
 
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("results/*/config.yaml")), ids=lambda file: file.parent.name
+)
+def test_a_run_that_an_earlier_version_made_can_be_resumed(file):
+    """Its settings may lack newer flags, and have `flip` as the switch that it was."""
+    folder = file.parent
+    script = json.loads((folder / "results.json").read_text())["script"]
+    config = fn.parse_config(SCRIPTS[script].Config, ["--resume", str(folder)])
+    assert fn.Run(config).is_finished()
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`?make ([\w-]+)", README)) <= targets | {"sure"}
