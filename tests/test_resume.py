@@ -20,7 +20,7 @@ from conftest import Code
 from processes import ROOT, finish, output, start
 
 import functions as fn
-from machinery import files, training
+from machinery import files, training, trials
 
 SHORT = {
     "simCLR.py": [
@@ -68,10 +68,8 @@ def bits(folder):
 def study_bits(url):
     import optuna
 
-    import rnn_hyperparameter_tune as tune
-
     study = optuna.load_study(storage=url, study_name="rnn")
-    return [(t.state.name, t.params, t.value, t.intermediate_values) for t in tune.counted(study)]
+    return [(t.state.name, t.params, t.value, t.intermediate_values) for t in trials.counted(study)]
 
 
 def assert_same_bits(folder, reference):
