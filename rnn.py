@@ -63,6 +63,7 @@ def split(data: ImageDataset, fraction: float, seed: int) -> Splits:
     Raises UserError where that leaves a class without training images.
     """
     images, labels, test_images, test_labels = data.labelled()
+    # The test images stay unseen: what chooses an epoch or a learning rate is this split.
     held_out = fn.stratified_subset(labels, fraction, seed)
     kept = fn.complement(held_out, len(labels))
 
@@ -448,7 +449,7 @@ def train(
     )
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
     assert checkpoint.best_weights is not None
-    module.load_state_dict(checkpoint.best_weights)
+    module.load_state_dict(checkpoint.best_weights)  # the last epoch's are often worse
     return Trained(module, log.rows)
 
 
@@ -542,7 +543,7 @@ def run_cell(config: Config, cell: str, splits: Splits, folder: Path) -> Outcome
     train_images, train_labels = splits.train
     train_predictions = fn.extract_features(module, train_images, machine).argmax(1)
     images, labels = splits.test
-    predictions = fn.extract_features(module, images, machine).argmax(1)
+    predictions = fn.extract_features(module, images, machine).argmax(1)  # the test images, once
 
     outcome = Outcome(
         best_epoch=int(best["epoch"]),

@@ -110,13 +110,13 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder = encoder.requires_grad_(False)  # the optimizer could not move it by mistake
         self.classifier = nn.Linear(feature_dim, num_classes)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> LinearClassifier:
         super().train(mode)
-        self.encoder.eval()
+        self.encoder.eval()  # BatchNorm would go on learning its statistics otherwise
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def train_probe(
         features, train=(features.train - mean) / std, test=(features.test - mean) / std
     )
 
-    curves: list[dict[str, float]] = []
+    curves: list[dict[str, float]] = []  # L-BFGS has no epochs to draw
     if settings.probe == "lbfgs":
         linear = logistic_regression(scaled)
     else:
@@ -191,6 +191,7 @@ def train_probe(
         linear = nn.Linear(scaled.train.shape[1], len(features.classes))
         curves = train_by_sgd(linear, scaled, settings)
 
+    # w (h - mean) / std + b = (w / std) h + (b - (w / std) mean)
     with torch.no_grad():
         weight = linear.weight / std
         classifier.weight.copy_(weight)
@@ -350,7 +351,7 @@ def measure_few_labels(features: Features, settings: EvaluationSettings) -> list
     for count in settings.label_counts:
         few = FewLabels(count, [], [])
         for draw in range(settings.label_seeds):
-            seed = settings.seed + draw
+            seed = settings.seed + draw  # the same draws for every encoder: a paired comparison
             chosen = fn.per_class_subset(features.train_labels, count, seed)
             part = features.labelled(chosen)
             k = min(settings.knn_k, count)
@@ -378,6 +379,9 @@ def evaluate(
     """
     measured: dict[str, Measured] = {}
     results: dict[str, Any] = {}
+
+    # What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and
+    # on simple images the pixels alone are hard to beat.
     if settings.baselines and settings.measures:
         print("measuring raw pixels and the untrained encoder", flush=True)
         measured["raw pixels"] = measure(features_of(nn.Flatten(), data, settings), settings)
@@ -389,6 +393,8 @@ def evaluate(
     h = features_of(encoder, data, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
     print(f"measuring the pretrained encoder on {labelled}", flush=True)
+    # The probe is trained on features, not through the encoder: the same, without running it anew
+    # in every epoch. What is saved is the whole classifier, from images to logits.
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
     ours = measured["pretrained encoder"] = measure(h, settings, classifier.classifier)
     results |= ours.results()

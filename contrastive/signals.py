@@ -43,6 +43,7 @@ def knn_monitor(data: ImageDataset, seed: int) -> KnnMonitor | None:
     if labels is None or len(data.classes) < 2 or len(labels) < 2 * len(data.classes):
         return None
 
+    # Training images, not test images: whoever watches this number chooses by it.
     queries = fn.stratified_subset(labels, min(0.1, 1000 / len(labels)), seed)
     rest = fn.complement(queries, len(labels))
     bank = rest[fn.stratified_subset(labels[rest], min(1.0, 5000 / len(rest)), seed)]
@@ -79,6 +80,6 @@ class Monitored(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self.monitor is not None
         h = torch.cat(self.features)
-        self.features.clear()
+        self.features.clear()  # they would be kept until the next check otherwise
         accuracy = self.monitor.accuracy(h, self.knn_k, self.knn_temperature)
         self.log("knn_accuracy", accuracy, logger=False, sync_dist=True)

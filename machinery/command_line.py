@@ -330,7 +330,7 @@ def parse_config(
         given = resumed(parser, config_class, folder, words)
 
     config = build(config_class, given)
-    config.validate()
+    config.validate()  # after the types: ranges, files, devices
     return config
 
 
@@ -369,6 +369,7 @@ def resumed(
         problem = f"its config.yaml is not one of this script's ({error})"
         raise UserError(f"--resume {folder}: {problem}") from None
 
+    # A second time, with today's words over the saved ones, to see which of them differ.
     given = parser.parse_args([f"--config={file}", *words])
     free = ("config", *config_class.of_the_session)
     changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
@@ -466,7 +467,7 @@ def command_line(
     try:
         config = parse_config(config_class, sys.argv[1:], description)
         if config.processes == 1:
-            # A run of its own, even where srun started it as one of several.
+            # It is a run of its own, even where srun started it as one of several.
             rank_zero_only.rank = 0  # type: ignore[attr-defined]
         elif not is_first_process(config):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process

@@ -42,6 +42,7 @@ class Run:
         if self.config.resume is None or not (self.folder / "results.json").is_file():
             return False
         before = load_config(type(self.config), self.folder / "config.yaml")
+        # Compared as settings, not as text: an older file may lack what is newer.
         if as_yaml(before) != as_yaml(self.config):
             return False
         print(f"{self.folder} is finished: its results are in {self.folder}/results.json")
@@ -54,7 +55,7 @@ class Run:
         An end before time then says how to go on. Raises UserError when the folder cannot be made,
         already holds something, or is another process's.
         """
-        if not is_first_process(self.config):
+        if not is_first_process(self.config):  # it joined a run whose folder the first one made
             yield self.folder
             return
 

@@ -272,7 +272,8 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
 
-    # Workers inherit that they ignore Ctrl-C: it is for this process.
+    # The terminal sends Ctrl-C to all of them. Workers inherit that they ignore it, so that this
+    # process alone decides when they end.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for worker in started:
         worker.start()
