@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import math
 import os
@@ -281,10 +282,19 @@ def make_parser(config_class: type[RunConfig], description: str | None) -> OneLi
                 group.add_argument(f"--{name}", type=kind, default=default, help=words)
             else:
                 value = "TEXT" if str in (kind, *typing.get_args(kind)) else "N"
+                # `str | None` would read the words null and ~ as None, as YAML does.
+                reader = text_or_none if kind == str | None else kind
                 group.add_argument(
-                    f"--{name}", type=kind, default=default, help=words, metavar=value
+                    f"--{name}", type=reader, default=default, help=words, metavar=value
                 )
     return parser
+
+
+def text_or_none(value: Any) -> str | None:
+    """A text as it stands on the command line. In a file, null stands for None."""
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"Expected a text. Got value: {value}")
 
 
 def summary(docstring: str) -> str:
@@ -335,9 +345,10 @@ def parse_config(
 
 
 def in_order(argv: Sequence[str]) -> list[str]:
-    """The same words with --config FILE first: flags win over the file, wherever it stands.
+    """The same words with --config first: flags win over the file, wherever it stands.
 
-    A bare --resume becomes --resume=latest. Raises UserError for a file that is not YAML.
+    Each file is read here, and its text stands in its place. A bare --resume becomes
+    --resume=latest. Raises UserError for a file that is not YAML.
     """
     files: list[str] = []
     others: list[str] = []
@@ -349,8 +360,7 @@ def in_order(argv: Sequence[str]) -> list[str]:
         if word == "--resume" and (not words or words[0].startswith("--")):
             word = "--resume=latest"
         if word.startswith("--config="):
-            check_yaml(Path(word.partition("=")[2]))
-            files.append(word)
+            files.append(f"--config={read_yaml(Path(word.partition('=')[2]))}")
         else:
             others.append(word)
     return files + others
@@ -362,15 +372,15 @@ def resumed(
     """What the run in `folder` saved, with what `words` may change about it. Raises UserError."""
     file = folder / "config.yaml"
     check(file.is_file(), f"--resume {folder}: no run there (it has no config.yaml)")
-    check_yaml(file)
+    text = read_yaml(file)
     try:
-        saved = parser.parse_args([f"--config={file}"])
+        saved = parser.parse_args([f"--config={text}"])
     except UserError as error:
         problem = f"its config.yaml is not one of this script's ({error})"
         raise UserError(f"--resume {folder}: {problem}") from None
 
     # A second time, with today's words over the saved ones, to see which of them differ.
-    given = parser.parse_args([f"--config={file}", *words])
+    given = parser.parse_args([f"--config={text}", *words])
     free = ("config", *config_class.of_the_session)
     changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
     may_grow = build(config_class, saved).may_grow
@@ -396,16 +406,23 @@ def build(config_class: type[ConfigT], given: jsonargparse.Namespace) -> ConfigT
     return config_class(**{field.name: given[field.name] for field in fields(config_class)})
 
 
-def check_yaml(file: Path) -> None:
-    """Raise UserError unless `file` is a YAML mapping of plain values."""
+def read_yaml(file: Path) -> str:
+    """The text of a YAML mapping of plain values. Raises UserError for anything else.
+
+    A byte order mark says that it is UTF-16, as PowerShell writes; without one it is UTF-8.
+    """
     try:
-        values = yaml.safe_load(file.read_bytes())
+        data = file.read_bytes()
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+        values = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {file} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {file} is not YAML of plain values ({reason})") from None
     check(isinstance(values, dict), f"--config {file} must have lines of the form `key: value`")
+    return text
 
 
 def newest_run(script: str, runs: Path = Path("runs")) -> Path:
@@ -448,7 +465,7 @@ def save_config(file: Path, config: RunConfig) -> None:
 def load_config(config_class: type[ConfigT], file: Path) -> ConfigT:
     """Read a configuration that `save_config` wrote, today's defaults for what it lacks."""
     parser = make_parser(config_class, None)
-    return build(config_class, parser.parse_args([f"--config={file}"]))
+    return build(config_class, parser.parse_args([f"--config={read_yaml(file)}"]))
 
 
 # ------------------------------------------------------------------------------------------------

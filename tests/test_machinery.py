@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import json
@@ -186,6 +187,30 @@ class Switched(Config):
 def test_a_switch_works_bare_and_with_its_value(words, lit):
     write_yaml("lit: true\n", "lit.yaml")
     assert fn.parse_config(Switched, words.split()).lit is lit
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_file_is_read_in_the_encoding_that_its_mark_names(encoding):
+    """PowerShell's > writes UTF-16; without a mark, only UTF-8 is understood."""
+    text = "epochs: 7\ndataset: Übung 蜜蜂\n"
+    marks = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}
+    Path("mine.yaml").write_bytes(marks.get(encoding, b"") + text.encode(encoding))
+    assert parse("--config", "mine.yaml") == Config(epochs=7, dataset="Übung 蜜蜂")
+
+    Path("mine.yaml").write_bytes(text.encode("utf-16")[2:])
+    assert "mine.yaml" in user_error(parse, "--config", "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["null", "~", "#1", "1", "yes", "[a]", "a: b", "1e5", "''"])
+def test_a_text_on_the_command_line_stays_what_it_is(name):
+    assert parse("--output_dir", name).output_dir == name
+    assert parse(f"--output_dir={name}").output_dir == name
+    assert parse("--dataset", name).dataset == name
+
+
+def test_null_in_a_file_is_none():
+    assert parse("--config", write_yaml("output_dir: null\n")).output_dir is None
+    assert "--output_dir" in user_error(parse, "--config", write_yaml("output_dir: 5\n"))
 
 
 def test_a_flag_wins_over_the_file_wherever_config_stands():
