@@ -249,7 +249,7 @@ def open_study(config: Config, url: str) -> optuna.Study:
     require_same_task(study, config)
     study.sampler = make_sampler(config)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
-    if config.storage is None:  # nobody else can be at work on it
+    if not config.storage:  # nobody else can be at work on it
         trials.fail_what_was_killed(study)
     return study
 
@@ -407,7 +407,8 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
         complete = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
         if len(complete) >= 4:
             importances = plots.plot_param_importances(study, target_name=loss)
-            importances.set_title("Hyperparameter importances (PED-ANOVA) among completed trials")
+            title = "Hyperparameter importances (PED-ANOVA) among completed trials"
+            importances.set_title(title, loc="left")  # where Optuna's own stands, to replace it
             figures["importances"] = importances
 
         for name, axes in figures.items():

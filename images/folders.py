@@ -47,16 +47,11 @@ def is_visible(path: Path) -> bool:
 def decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
     """Decode files to uint8 (N, 3, size, size), once, and keep them in data_dir/cache.
 
-    The cache's name has a digest of every file's path, length and time of change.
+    Raises UserError that names a file which is no image.
     """
-    key = hashlib.sha256(f"1 {size} ".encode() + os.fsencode(folder.resolve()))
-    for file in files:
-        stat = file.stat()
-        key.update(os.fsencode(file.relative_to(folder)))
-        key.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    name = f"{folder.resolve().name}-{size}px-{key.hexdigest()[:16]}.pt"
-    cache = data_dir / "cache" / name
-
+    cache = (
+        data_dir / "cache" / f"{folder.resolve().name}-{size}px-{digest(folder, files, size)}.pt"
+    )
     if cache.is_file():
         with contextlib.suppress(Exception):  # a damaged cache is decoded afresh, and overwritten
             images = torch.load(cache, weights_only=True, mmap=True)
@@ -64,15 +59,7 @@ def decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor
                 return images
 
     print(f"decoding {len(files):,} images of {folder} (once; kept in {cache})", flush=True)
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    from PIL import Image
-
-    # read_image refuses absurdly large files itself.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files)):
-            images[i] = torch.tensor(pixels).permute(2, 0, 1)
-
+    images = decode_all(files, size)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         save_torch(cache, images)
@@ -81,11 +68,59 @@ def decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor
     return images
 
 
-def read_image(file: Path, size: int) -> np.ndarray:
+def digest(folder: Path, files: list[Path], size: int) -> str:
+    """Sixteen letters that change when any of the files does.
+
+    Names, lengths and times of change are not enough: archives keep whole seconds, so that two
+    files may have all three in common, and be renamed into each other. Each file's inode and the
+    time of its last change of any kind, which no program can set, tell them apart.
+    """
+    key = hashlib.sha256(f"2 {size} ".encode() + os.fsencode(folder.resolve()))
+    for file in files:
+        stat = file.stat()
+        key.update(os.fsencode(file.relative_to(folder)))
+        times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+        key.update(f"\0{stat.st_size}\0{stat.st_ino}\0{times}\n".encode())
+    return key.hexdigest()[:16]
+
+
+def decode_all(files: list[Path], size: int) -> Tensor:
+    """uint8 (N, 3, size, size), on all processors. Raises UserError that names a bad file.
+
+    Grey images of more than 8 bits have one scale in common, so that the same level is the same
+    grey in all of them: the smallest usual number of bits that holds the highest level of all.
+    """
+    from PIL import Image
+
+    # read_image refuses absurdly large files itself.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    highest: dict[int, int] = {}  # of the deep ones, by their index
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files)):
+            if isinstance(pixels, int):
+                highest[i] = pixels
+            else:
+                images[i] = torch.tensor(pixels).permute(2, 0, 1)
+        if not highest:
+            return images
+
+        most = max(highest.values())
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits)
+        print(f"{len(highest):,} of them are grey with levels up to {most:,}: read as {bits} bits")
+        deep = pool.map(lambda i: read_image(files[i], size, bits), highest)
+        for i, pixels in zip(highest, deep, strict=True):
+            images[i] = torch.tensor(pixels).permute(2, 0, 1)
+    return images
+
+
+def read_image(file: Path, size: int, bits: int | None = None) -> np.ndarray | int:
     """Decode one image file to RGB, uint8 (size, size, 3): scaled, then cropped to its middle.
 
-    Any mode and orientation. Raises UserError that names the file when it is no image, is damaged,
-    or is absurdly large.
+    Any mode and orientation. Of a grey image of more than 8 bits this is its highest level
+    instead, unless `bits` says that 2**bits - 1 is white. Raises UserError that names the file
+    when it is no image, is damaged, has signed, 32-bit or floating-point pixels, or is absurdly
+    large.
     """
     from PIL import Image, ImageOps
 
@@ -94,14 +129,23 @@ def read_image(file: Path, size: int) -> np.ndarray:
             if image.width * image.height > 50_000_000:  # before any pixel is decoded
                 raise ValueError(f"{image.width} x {image.height} pixels")
             image.draft("RGB", (size, size))  # a JPEG decoder may shrink by 2, 4 or 8 as it reads
+            is_tiff = image.format == "TIFF"
             upright = ImageOps.exif_transpose(image)
 
             if upright.mode == "F":
-                raise ValueError("its pixels are floating-point numbers")
-            if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip, not scale
+                raise ValueError(
+                    "its pixels are floating-point numbers: convert it to 8 or 16 bits"
+                )
+            if upright.mode.startswith("I"):
+                # Pillow's I holds what I;16 cannot: of a TIFF, signed or 32-bit numbers; of a PGM,
+                # 16 bits.
+                if upright.mode == "I" and is_tiff:
+                    problem = "its pixels are signed or 32-bit numbers"
+                    raise ValueError(f"{problem}: convert it to 8 or 16 bits without a sign")
                 levels = np.asarray(upright)
-                eight_bits = levels >> 8 if levels.max() > 255 else levels
-                upright = Image.fromarray(eight_bits.astype(np.uint8))
+                if bits is None:
+                    return int(levels.max())
+                upright = Image.fromarray(to_eight_bits(levels, bits))
             if upright.mode in ("P", "PA", "LA", "RGBA") or "transparency" in upright.info:
                 rgba = upright.convert("RGBA")
                 white = Image.new("RGBA", rgba.size, "white")
@@ -116,3 +160,9 @@ def read_image(file: Path, size: int) -> np.ndarray:
         reason = str(error).replace(str(file), "the file")
         problem = f"{file} is not an image that can be read ({reason})"
         raise UserError(f"{problem}: replace or remove it") from None
+
+
+def to_eight_bits(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Levels from 0 to 2**bits - 1 as uint8 from 0 to 255, rounded: (H, W) -> (H, W)."""
+    white = 2**bits - 1
+    return ((levels.astype(np.int64) * 255 + white // 2) // white).astype(np.uint8)

@@ -6,6 +6,7 @@ import http.client
 import io
 import os
 import pickle
+import shutil
 import socket
 import struct
 import sys
@@ -387,6 +388,79 @@ def test_16_bit_grey_is_scaled_and_not_clipped(file):
     assert_colour(pixels_of(grey, f"photos/{file}"), (156, 156, 156), within=1)
 
 
+def save_levels(file: str, levels: list[int] | np.ndarray, dtype: str = "uint16") -> Path:
+    """Save a row of grey levels, each eight pixels high and wide."""
+    row = np.repeat(np.repeat(np.array([levels]), 8, 0), 8, 1).astype(dtype)
+    return save(file, Image.fromarray(row))
+
+
+def greys(size: int = 8) -> list[int]:
+    """The grey in the middle of each image of the folder."""
+    return load(size=size).train_images[:, 0, size // 2, size // 2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([0, 100, 255], [0, 100, 255]),  # 8 bits in a container of 16
+        ([0, 128, 256], [0, 32, 64]),  # 10 bits
+        ([0, 2048, 4095], [0, 128, 255]),  # 12
+        ([0, 8192, 16383], [0, 128, 255]),  # 14
+        ([0, 32768, 65535], [0, 128, 255]),  # 16
+        ([255, 256, 65535], [1, 1, 255]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_grey_levels_of_a_folder_have_one_scale(levels, expected, suffix, capsys):
+    """The same level is the same grey in every file, whatever else that file holds."""
+    for i, level in enumerate(levels):
+        save_levels(f"photos/{i}.{suffix}", [level])
+    assert greys() == expected
+    assert f"3 of them are grey with levels up to {max(levels):,}" in capsys.readouterr().out
+
+
+def test_grey_levels_are_rounded_and_monotone():
+    levels = np.arange(0, 65536, 257)
+    folder_wide = [int(folders.to_eight_bits(np.array([level]), 16)[0]) for level in levels]
+    assert folder_wide == list(range(256))
+    for bits in (8, 10, 12, 14, 16):
+        ramp = folders.to_eight_bits(np.arange(2**bits, dtype=np.uint16), bits)
+        exact = np.arange(2**bits) * 255 / (2**bits - 1)
+        assert np.abs(ramp - exact).max() <= 0.5
+        assert (np.diff(ramp.astype(int)) >= 0).all()
+
+
+def test_train_and_test_have_one_scale():
+    for split, level in (("train", 4095), ("test", 2048)):
+        for c in "ab":
+            save_levels(f"photos/{split}/{c}/x.png", [level])
+    data = load()
+    assert data.train_images[0, 0, 4, 4] == 255
+    assert data.test_images[0, 0, 4, 4] == 128
+
+
+def test_images_of_eight_bits_keep_their_own_levels_beside_deeper_ones():
+    save_levels("photos/a.png", [4095])
+    save("photos/b.png", Image.new("L", (8, 8), 100))
+    save("photos/c.png", (10, 200, 30))
+    images = load().train_images
+    assert images[:2, 0, 4, 4].tolist() == [255, 100]
+    assert_colour(images[2].int(), (10, 200, 30))
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "uint32", "float32", "float64"])
+def test_pixels_that_are_no_grey_levels_are_refused(dtype):
+    """Signed numbers would wrap: -1000 is no shade of grey, and no other number says which."""
+    pixels = np.linspace(0, 250, 144).reshape(12, 12).astype(dtype)
+    if dtype.startswith(("int", "float")):
+        pixels[0, 0] = -1000
+    save("photos/a.png", RED)
+    save("photos/b.tif", Image.fromarray(pixels))
+    message = user_error(load)
+    assert "b.tif" in message
+    assert "convert it to 8 or 16 bits" in message
+
+
 @pytest.mark.parametrize(("options", "left"), [({}, (0, 255, 0)), ({"transparency": 0}, WHITE)])
 def test_palette_image_shows_its_colours_and_transparency(options, left):
     halves = Image.new("P", (8, 8), 1)
@@ -457,6 +531,47 @@ def test_a_changed_folder_is_decoded_afresh(change):
 
     first = BLUE if change in ("removed file", "renamed file") else GREEN
     assert_colour(load().train_images[0].int(), first)
+
+
+AS_UNPACKED = 10**18  # an archive's time of change, in whole seconds
+
+
+def swap(a: str, b: str) -> None:
+    os.rename(a, "aside")
+    os.rename(b, a)
+    os.rename("aside", b)
+
+
+@pytest.mark.parametrize(
+    "change", ["folders swapped", "files swapped", "pixels replaced", "files exchanged by a copy"]
+)
+def test_names_lengths_and_times_of_change_do_not_make_a_file(change):
+    """Each time all three are as before, and the images are not."""
+    for c, colour in (("a", RED), ("b", BLUE)):
+        for i in range(2):
+            os.utime(save(f"photos/train/{c}/{i}.bmp", colour), ns=(AS_UNPACKED,) * 2)
+    assert_colour(load().train_images[0].int(), RED)
+
+    first, other = "photos/train/a/0.bmp", "photos/train/b/0.bmp"
+    if change == "folders swapped":
+        swap("photos/train/a", "photos/train/b")
+    elif change == "files swapped":
+        swap(first, other)
+    elif change == "pixels replaced":
+        save(first, BLUE)
+    else:
+        shutil.copyfile(other, first)
+    os.utime(first, ns=(AS_UNPACKED,) * 2)
+    assert_colour(load().train_images[0].int(), BLUE)
+
+
+def test_what_only_reads_the_files_leaves_the_cache_alone(monkeypatch):
+    os.utime(save("photos/a.bmp", RED), ns=(AS_UNPACKED,) * 2)
+    load()
+    Path("photos/a.bmp").read_bytes()
+    list(Path("photos").iterdir())
+    monkeypatch.setattr(folders, "read_image", lambda *_: pytest.fail("decoded again"))
+    load()
 
 
 def test_two_folders_of_one_name_do_not_share_a_cache():

@@ -240,6 +240,14 @@ def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path,
     assert len(set(repeated)) == 3
 
 
+def test_an_empty_storage_names_no_other_workers(tmp_path):
+    """The study is this process's alone: what seems to run was killed, and is not waited for."""
+    study, _, config = small_study(tmp_path, storage="")
+    study.ask()
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+    assert [trial.state.name for trial in again.trials] == ["FAIL"]
+
+
 def test_random_search_does_not_look_at_the_losses(tmp_path):
     """After twelve trials, their losses decide what TPE draws, but not what random search draws."""
     drawn = {}
