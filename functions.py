@@ -11,12 +11,13 @@ D features.
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import lightning
 import numpy as np
@@ -35,6 +36,7 @@ from images.sets import (  # noqa: F401
 )
 from machinery import trials  # noqa: F401
 from machinery.batches import Batches, mix_seed  # noqa: F401
+from machinery.checkpoints import load_checkpoint  # noqa: F401
 from machinery.command_line import (  # noqa: F401
     BELOW_1,
     NOT_NEGATIVE,
@@ -57,16 +59,12 @@ from machinery.durations import format_time  # noqa: F401
 from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_memory  # noqa: F401
 from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
 from machinery.run_folder import Run  # noqa: F401
-from machinery.training import (  # noqa: F401
-    Checkpoints,
-    EpochLog,
-    fit,
-    load_checkpoint,
-    make_trainer,
-)
+from machinery.training import Checkpoints, EpochLog, fit, make_trainer  # noqa: F401
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Parameters = ParamSpec("Parameters")
 
 # ------------------------------------------------------------------------------------------------
 # Normalisation
@@ -345,6 +343,25 @@ def print_per_class(per_class: dict[str, float | None]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+def drawing(plot: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Decorate a function that draws: a figure that fails costs one line, never a number.
+
+    A full disk is another matter: CannotWrite is passed on.
+    """
+
+    @functools.wraps(plot)
+    def drawn(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            plot(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # a name that no font has, features that are no numbers
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"note: {plot.__name__} could not draw its figure ({reason})", file=sys.stderr)
+
+    return drawn
+
+
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     """A matplotlib figure of `columns` axes side by side, sizes in inches.
 
@@ -402,6 +419,7 @@ def over_epochs(axis: Any, ylabel: str, accuracy: bool = False) -> None:
         of_accuracy(axis)
 
 
+@drawing
 def plot_curves(
     runs: dict[str, list[dict[str, float]]], held_out: str, file: Path, title: str
 ) -> None:
@@ -426,6 +444,7 @@ def plot_curves(
     save_figure(figure, file)
 
 
+@drawing
 def plot_confusion_matrix(
     predictions: Tensor, labels: Tensor, classes: Sequence[str], file: Path, title: str
 ) -> None:
@@ -458,6 +477,7 @@ def plot_confusion_matrix(
     save_figure(figure, file)
 
 
+@drawing
 def plot_tsne(
     points: np.ndarray, labels: Tensor, classes: Sequence[str], file: Path, title: str
 ) -> None:

@@ -568,6 +568,7 @@ def run_cell(config: Config, cell: str, splits: Splits, folder: Path) -> Outcome
     return outcome
 
 
+@fn.drawing
 def plot_rows(outcomes: dict[str, Outcome], classes: int, file: Path) -> None:
     """Accuracy over the rows read so far, and the rows' shares of the gradient; a colour a cell."""
     figure, (left, right) = fn.new_figure(10, 4, columns=2)
@@ -638,17 +639,20 @@ def main(config: Config) -> None:
             cell_folder = folder / cell if len(cells) > 1 else folder
             cell_folder.mkdir(exist_ok=True)
             print(f"training {cell}", flush=True)
-            outcome = outcomes[cell] = run_cell(config, cell, splits, cell_folder)
+            outcomes[cell] = run_cell(config, cell, splits, cell_folder)
+        print_table(outcomes)
+        # The numbers first: no figure is worth losing them.
+        run.save(cells={cell: outcome.results() for cell, outcome in outcomes.items()})
+
+        for cell, outcome in outcomes.items():
+            cell_folder = folder / cell if len(cells) > 1 else folder
             file, title = cell_folder / "confusion_matrix.png", f"{cell.upper()}, test"
             labels = splits.test[1]
             fn.plot_confusion_matrix(outcome.predictions, labels, splits.classes, file, title)
-
         curves = {cell.upper(): outcome.rows for cell, outcome in outcomes.items()}
         title = f"Reading {Path(data.name).name} images row by row"
         fn.plot_curves(curves, "validation", folder / "curves.png", title)
         plot_rows(outcomes, len(splits.classes), folder / "rows.png")
-        print_table(outcomes)
-        run.save(cells={cell: outcome.results() for cell, outcome in outcomes.items()})
 
 
 if __name__ == "__main__":

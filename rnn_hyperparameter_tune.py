@@ -388,6 +388,7 @@ def best_config(study: optuna.Study, config: Config) -> rnn.Config:
     return replace(suggest(study.best_trial, config), epochs=rnn.Config.epochs)
 
 
+@fn.drawing
 def plot_study(study: optuna.Study, folder: Path) -> None:
     """Optuna's own figures of the study; importances need four trials that were completed."""
     import matplotlib.pyplot as plt  # which Optuna's figures belong to
@@ -491,7 +492,7 @@ def print_best(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
-    """Print the best trials, and write trials.csv, best_config.yaml and the figures.
+    """Print the best trials, and write trials.csv and best_config.yaml.
 
     Returns its part of results.json.
     """
@@ -522,7 +523,6 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
         f"about {saved} of {of_all} of computing"
     )
     print(f"train the first in full: python rnn.py --config {file}")
-    plot_study(study, folder)
     return {"study": outcome, "best_config": str(file)}
 
 
@@ -574,6 +574,8 @@ def main(config: Config) -> None:
             else:
                 run_workers(study, config, url)
             run.save(**report(study, config, folder))
+            if any(trial.state.name == "COMPLETE" for trial in trials.counted(study)):
+                plot_study(study, folder)
         except trials.database_errors() as error:
             remedy = f"mend that, then go on with --resume {folder}"
             problem = trials.database_problem(url, error)

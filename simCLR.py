@@ -42,7 +42,12 @@ from contrastive.augmentation import (
     random_grayscale,
     random_resized_crop_and_flip,
 )
-from contrastive.evaluation import EvaluationSettings, LinearClassifier, evaluate  # noqa: F401
+from contrastive.evaluation import (  # noqa: F401
+    EvaluationSettings,
+    LinearClassifier,
+    draw,
+    evaluate,
+)
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
 from functions import Batches, ImageDataset, UserError, check, nt_xent_loss
@@ -575,15 +580,22 @@ def main(config: Config) -> None:
 
     with run.open() as folder:
         results: dict[str, Any] = {}
+        pretrained, evaluation = None, None
         if "pretrain" in config.stages_list:
             if fn.is_first_process(config):
                 show_views(data.train_images, config, folder / "views.png")
             pretrained = pretrain(model, data, config, folder)
             results["pretrain"] = pretrained.results
-            figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
         if config.stages_list != ["pretrain"]:
-            results |= evaluate(encoder, untrained, data, config, folder)
+            evaluation = evaluate(encoder, untrained, data, config, folder)
+            results |= evaluation.results()
+
+        # The numbers first: no figure is worth losing them.
         run.save(**results)
+        if pretrained is not None:
+            figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
+        if evaluation is not None:
+            draw(evaluation, config, folder)
 
 
 def show_views(images: Tensor, config: Config, file: Path, count: int = 10) -> None:

@@ -366,19 +366,36 @@ def measure_few_labels(features: Features, settings: EvaluationSettings) -> list
 # ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Evaluation:
+    """What was measured: {representation: its accuracies}, and h of the pretrained encoder."""
+
+    measured: dict[str, Measured]
+    features: Features
+
+    def results(self) -> dict[str, Any]:
+        """This part of results.json."""
+        *baselines, ours = self.measured
+        found: dict[str, Any] = {}
+        if baselines:
+            found["baselines"] = {
+                name.replace(" ", "_"): self.measured[name].results() for name in baselines
+            }
+        return found | self.measured[ours].results()
+
+
 def evaluate(
     encoder: nn.Module,
     untrained: nn.Module,
     data: ImageDataset,
     settings: EvaluationSettings,
     folder: Path,
-) -> dict[str, Any]:
-    """Measure the encoder beside raw pixels and the untrained one; returns its part of results.
+) -> Evaluation:
+    """Measure the encoder beside raw pixels and the untrained one; leaves classifier.pt.
 
     Features are computed once per encoder and shared by every evaluation.
     """
     measured: dict[str, Measured] = {}
-    results: dict[str, Any] = {}
 
     # What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and
     # on simple images the pixels alone are hard to beat.
@@ -386,9 +403,6 @@ def evaluate(
         print("measuring raw pixels and the untrained encoder", flush=True)
         measured["raw pixels"] = measure(features_of(nn.Flatten(), data, settings), settings)
         measured["untrained encoder"] = measure(features_of(untrained, data, settings), settings)
-        results["baselines"] = {
-            name.replace(" ", "_"): outcome.results() for name, outcome in measured.items()
-        }
 
     h = features_of(encoder, data, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
@@ -397,19 +411,21 @@ def evaluate(
     # in every epoch. What is saved is the whole classifier, from images to logits.
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
     ours = measured["pretrained encoder"] = measure(h, settings, classifier.classifier)
-    results |= ours.results()
-
     if ours.probe is not None:
         fn.save_torch(folder / "classifier.pt", classifier.state_dict())
-        show_probe(ours.probe, h, folder)
-    if "tsne" in settings.stages_list:
-        figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
+        train, test = fn.percent(ours.probe.train_accuracy), fn.percent(ours.probe.test_accuracy)
+        print(f"linear probe: train {train}, test {test}")
+        fn.print_per_class(ours.probe.per_class)
     if settings.measures:
         print_table(measured)
     if ours.few_labels:
-        few = {name: outcome.few_labels for name, outcome in measured.items()}
-        show_few_labels(few, settings.label_seeds, folder / "few_labels.png")
-    return results
+        print_few_labels(few_labels(measured), settings.label_seeds)
+    return Evaluation(measured, h)
+
+
+def few_labels(measured: dict[str, Measured]) -> dict[str, list[FewLabels]]:
+    """{representation: what it reached with few labels}."""
+    return {name: outcome.few_labels for name, outcome in measured.items()}
 
 
 def features_of(encoder: nn.Module, data: ImageDataset, settings: EvaluationSettings) -> Features:
@@ -429,17 +445,28 @@ def features_of(encoder: nn.Module, data: ImageDataset, settings: EvaluationSett
     )
 
 
-def show_probe(probe: Probed, features: Features, folder: Path) -> None:
-    """Print the probe's accuracy per class; draw its curves and confusion matrix."""
-    train, test = fn.percent(probe.train_accuracy), fn.percent(probe.test_accuracy)
-    print(f"linear probe: train {train}, test {test}")
-    fn.print_per_class(probe.per_class)
+def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> None:
+    """The figures of what was measured. The numbers are to be saved before."""
+    measured, h = evaluation.measured, evaluation.features
+    *_, ours = measured.values()
+    if ours.probe is not None:
+        file, labels = folder / "confusion_matrix.png", h.test_labels
+        fn.plot_confusion_matrix(ours.probe.predicted, labels, h.classes, file, "Linear probe")
+        if ours.probe.curves:
+            title = "Linear probe on the frozen representation"
+            fn.plot_curves({"probe": ours.probe.curves}, "test", folder / "probe.png", title)
 
-    if probe.curves:
-        title = "Linear probe on the frozen representation"
-        fn.plot_curves({"probe": probe.curves}, "test", folder / "probe.png", title)
-    file, labels = folder / "confusion_matrix.png", features.test_labels
-    fn.plot_confusion_matrix(probe.predicted, labels, features.classes, file, "Linear probe")
+    if ours.few_labels:
+        curves = {
+            name: {
+                "k-NN": {each.labels_per_class: each.knn_accuracies for each in found},
+                "linear probe": {each.labels_per_class: each.probe_accuracies for each in found},
+            }
+            for name, found in few_labels(measured).items()
+        }
+        figures.plot_few_labels(curves, folder / "few_labels.png")
+    if "tsne" in settings.stages_list:
+        figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
 
 
 def print_table(measured: dict[str, Measured]) -> None:
@@ -453,8 +480,8 @@ def print_table(measured: dict[str, Measured]) -> None:
     print()
 
 
-def show_few_labels(few: dict[str, list[FewLabels]], draws: int, file: Path) -> None:
-    """Print and draw accuracies over the number of labels per class, for each representation."""
+def print_few_labels(few: dict[str, list[FewLabels]], draws: int) -> None:
+    """Accuracies with few labels: a row for each number of labels per class."""
     representations = [name.split()[0] for name in few]  # raw, untrained, pretrained
     rows = [
         ["labels", *(name for name in representations for _ in ("k-NN", "linear"))],
@@ -469,12 +496,3 @@ def show_few_labels(few: dict[str, list[FewLabels]], draws: int, file: Path) -> 
     print(f"  test accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
     fn.print_columns(rows)
     print()
-
-    curves = {
-        name: {
-            "k-NN": {each.labels_per_class: each.knn_accuracies for each in found},
-            "linear probe": {each.labels_per_class: each.probe_accuracies for each in found},
-        }
-        for name, found in few.items()
-    }
-    figures.plot_few_labels(curves, file)

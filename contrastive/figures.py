@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import functions as fn
 
 
+@fn.drawing
 def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
     """Images in the top row, two random views of each below.
 
@@ -33,6 +34,7 @@ def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
     fn.save_figure(figure, file)
 
 
+@fn.drawing
 def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
     """The loss over the epochs, and the k-NN accuracy among training images if it was measured."""
     checked = [row for row in rows if "knn_accuracy" in row]
@@ -52,6 +54,7 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
     fn.save_figure(figure, file)
 
 
+@fn.drawing
 def plot_few_labels(curves: dict[str, dict[str, dict[int, list[float]]]], file: Path) -> None:
     """Test accuracy over labels per class: mean and standard deviation over the draws.
 
@@ -94,10 +97,13 @@ def tsne_points(h: Tensor, seed: int) -> np.ndarray:
     return TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(points)
 
 
+@fn.drawing
 def show_tsne(h: Tensor, labels: Tensor, classes: Sequence[str], seed: int, file: Path) -> None:
     """Draw the t-SNE of the test images' h (N, D), with labels int64 (N,)."""
-    if len(h) < 4:
-        print("no t-SNE: it needs four test images or more")
+    # With fewer, or with features that are all the same, scikit-learn's search ends the process.
+    distinct = len(torch.unique(nn.functional.normalize(h, dim=1), dim=0))
+    if distinct < 4:
+        print(f"no t-SNE: it needs four different test images or more, and there are {distinct}")
         return
     print(f"t-SNE of {len(h):,} test images", flush=True)
     title = "t-SNE of the test images' representations"

@@ -15,6 +15,7 @@ import filelock
 import lightning
 import torch
 
+from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
 from machinery.devices import started_together
 from machinery.errors import CannotWrite, TimeIsUp, UserError
@@ -68,6 +69,9 @@ class Run:
                 problem = "another process is at work there; wait for it, or stop it"
                 raise UserError(f"--resume {self.folder}: {problem}") from None
 
+            # Before anything is touched: without a sound checkpoint there is no going on.
+            for checkpoint in self.folder.rglob("last.ckpt"):
+                newest_sound(checkpoint)
             self.prepare()
             print(f"writing to {self.folder}")
             try:

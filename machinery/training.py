@@ -1,14 +1,12 @@
-"""Training with Lightning: checkpoints, the log of the epochs, the time limit, the trainer."""
+"""Training with Lightning: what is kept, the log of the epochs, the time limit, the trainer."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,74 +16,20 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from machinery.batches import EpochSeed
+from machinery.checkpoints import SafeCheckpoints, newest_sound
 from machinery.devices import Machine, prepare_device
 from machinery.durations import format_time, parse_duration
-from machinery.errors import Diverged, TimeIsUp, UserError, check
-from machinery.files import save_torch, write_csv
+from machinery.errors import Diverged, TimeIsUp, UserError
+from machinery.files import write_csv
 
 STARTED = time.monotonic()  # when the program did, all but Python and PyTorch themselves
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
 # ------------------------------------------------------------------------------------------------
-
-
-class SafeCheckpoints(TorchCheckpointIO):
-    """A checkpoint appears whole or not at all, and the one before it is kept beside it."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name("fresh.ckpt")
-        save_torch(fresh, checkpoint)
-        if path.is_file():
-            os.replace(path, previous(path))
-        os.replace(fresh, path)
-
-
-def previous(checkpoint: Path) -> Path:
-    """Where the checkpoint before `checkpoint` is kept."""
-    return checkpoint.with_name(f"previous-{checkpoint.name}")
-
-
-def newest_sound(checkpoint: Path) -> Path | None:
-    """`checkpoint`, or the one before it if that is damaged, or None where there is none.
-
-    Says so if it is damaged. Raises UserError if all there are damaged.
-    """
-    there = [path for path in (checkpoint, previous(checkpoint)) if path.is_file()]
-    for path in there:
-        try:
-            load_checkpoint(path)
-        except UserError:
-            continue
-        if path != there[0]:
-            print(f"warning: {there[0]} is damaged; going on from {path}", file=sys.stderr)
-            # The next checkpoint would move the damaged one over the sound one.
-            there[0].unlink(missing_ok=True)
-        return path
-
-    remedy = "start afresh, without --resume"
-    check(not there, f"--resume: every checkpoint in {checkpoint.parent} is damaged; {remedy}")
-    return None
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint as data, on the CPU. Raises UserError if it holds code or is damaged."""
-    try:
-        with zipfile.ZipFile(file) as archive:  # PyTorch writes checksums, but never compares them
-            if archive.testzip() is not None:
-                raise ValueError
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can fail in many ways
-        problem = f"{file} is damaged, or no checkpoint of plain data"
-        raise UserError(f"{problem}: take another, or start afresh") from None
 
 
 class Checkpoints(Checkpoint):

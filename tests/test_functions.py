@@ -556,6 +556,15 @@ def test_class_names_of_any_kind_can_be_drawn(tmp_path):
         fn.plot_tsne(points, labels, names, tmp_path / "tsne.png", "t")
 
 
+@pytest.mark.parametrize("name", ["a\udcff", "\x00", "b" * 500])
+def test_a_name_that_cannot_be_drawn_costs_one_line(name, tmp_path, capsys):
+    predicted, labels = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0])
+    fn.plot_confusion_matrix(predicted, labels, (name, "b"), tmp_path / "x.png", "t")
+    drawn, said = (tmp_path / "x.png").is_file(), capsys.readouterr().err.splitlines()
+    assert drawn == (said == [])
+    assert len(said) <= 1
+
+
 @pytest.mark.parametrize("values", [[0.979, 0.986], [0.5, 0.5], [1.0, 1.0], [0.0, 0.001]])
 def test_an_axis_of_accuracy_spans_five_points_at_least(values):
     """Noise of half a point is not to fill the figure."""

@@ -20,7 +20,7 @@ from conftest import Code
 from processes import ROOT, finish, output, start
 
 import functions as fn
-from machinery import files, training, trials
+from machinery import checkpoints, files, training, trials
 
 SHORT = {
     "simCLR.py": [
@@ -395,7 +395,7 @@ def test_falling_back_never_costs_the_sound_checkpoint(short_rnn, run_here, monk
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", killed)
         assert run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent).returncode == 130
-    assert training.newest_sound(short_rnn / "checkpoints/last.ckpt") is not None
+    assert checkpoints.newest_sound(short_rnn / "checkpoints/last.ckpt") is not None
 
 
 @pytest.mark.parametrize("how", ["gone", "code"])
@@ -426,6 +426,18 @@ def test_without_a_sound_checkpoint_there_is_one_line(short_rnn, run_here):
     assert "out/checkpoints" in line
     assert "start afresh" in line
     assert not (short_rnn.parent / "hacked").exists()
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "code"])
+def test_what_a_run_had_reached_stays_where_it_cannot_go_on(how, short_rnn, run_here):
+    """Of a finished run whose epochs are raised, but whose checkpoints are damaged."""
+    for file in (short_rnn / "checkpoints").glob("*last.ckpt"):
+        damage(file, how)
+    before = {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent)
+    assert done.returncode == 2
+    assert "start afresh" in done.stderr
+    assert before == {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(short_rnn, run_here):

@@ -211,6 +211,47 @@ def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp
     assert len(re.findall(r"epoch \d/3  train loss", text)) == 3
 
 
+@pytest.mark.parametrize("script", ["simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py"])
+def test_numbers_are_saved_before_any_figure_and_a_failing_one_costs_a_line(
+    script, image_folder, run_here, tmp_path, monkeypatch
+):
+    """All but simCLR.py's views, which are drawn while its pretraining has yet to begin."""
+    seen = []
+
+    def fail(figure, file):
+        seen.append((file.name, (tmp_path / "out/results.json").is_file()))
+        raise ValueError("a font\nis missing")
+
+    monkeypatch.setattr(fn, "save_figure", fail)
+    flags = ["--dataset", image_folder, "--epochs", 1, "--image_size", 8, "--output_dir", "out"]
+    flags += ["--n_trials", 4] if "tune" in script else []
+    flags += FAST_SIMCLR if script == "simCLR.py" else []
+    done = run_here(script, *flags, cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(seen) >= 1
+    assert all("note: " in line and "(a font is missing)" in line for line in lines)
+    assert {name for name, saved in seen if not saved} <= {"views.png"}
+    assert json.loads((tmp_path / "out/results.json").read_text())
+
+
+@pytest.mark.parametrize("copies", [1, 16])
+def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
+    """scikit-learn's search would end the whole process, by a segmentation fault."""
+    for split, count in (("train", 8), ("test", 2 * copies)):
+        for c, colour in (("a", "black"), ("b", "black" if split == "test" else "white")):
+            (tmp_path / split / c).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), colour).save(tmp_path / split / c / f"{i}.png")
+    flags = ["--dataset", ".", "--epochs", 1, "--output_dir", "out", "--no-baselines"]
+    flags += [*FAST_SIMCLR[:4], "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
+    done = run("simCLR.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no t-SNE: it needs four different test images or more, and there are 1" in done.stdout
+    assert "knn" in json.loads((tmp_path / "out/results.json").read_text())
+
+
 @pytest.mark.slow
 def test_the_demo_beats_raw_pixels_and_the_untrained_encoder(run, tmp_path):
     """What `make demo` runs: with one or two labels per class, pretraining pays."""
