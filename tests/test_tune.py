@@ -771,6 +771,7 @@ def test_a_study_of_one_trial_is_reported(tmp_path, space):
     study, splits, config = small_study(tmp_path, n_trials=1, epochs=1, space=space)
     tune.run_study(study, splits, config)
     assert len(tune.report(study, config, tmp_path)["study"]["best_trials"]) == 1
+    tune.plot_study(study, tmp_path)
     assert (tmp_path / "intermediate_values.png").is_file()
 
 
