@@ -35,7 +35,7 @@ from images.sets import (  # noqa: F401
     stratified_subset,
 )
 from machinery import trials  # noqa: F401
-from machinery.batches import Batches, mix_seed  # noqa: F401
+from machinery.batches import Batches, Subset, mix_seed  # noqa: F401
 from machinery.checkpoints import load_checkpoint  # noqa: F401
 from machinery.command_line import (  # noqa: F401
     BELOW_1,
@@ -51,6 +51,7 @@ from machinery.command_line import (  # noqa: F401
     at_least,
     command_line,
     is_first_process,
+    load_config,
     parse_config,
     save_config,
 )
@@ -58,6 +59,7 @@ from machinery.devices import Machine, prepare_device
 from machinery.durations import format_time  # noqa: F401
 from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_memory  # noqa: F401
 from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
+from machinery.output import lasting_output, shown, width  # noqa: F401
 from machinery.run_folder import Run  # noqa: F401
 from machinery.training import Checkpoints, EpochLog, fit, make_trainer  # noqa: F401
 
@@ -74,25 +76,35 @@ Parameters = ParamSpec("Parameters")
 class Normalize(nn.Module):
     """Each channel to mean 0 and deviation 1, as measured on `images`, the training images only.
 
-    Built from uint8 (N, C, H, W). uint8, or float32 in [0, 1]: (B, C, H, W) -> float32
-    (B, C, H, W). A constant channel is only centred.
+    Built from uint8 (N, C, H, W), or a Subset of such. uint8, or float32 in [0, 1]: (B, C, H, W)
+    -> float32 (B, C, H, W). A constant channel is only centred.
     """
 
     mean: Tensor  # (C, 1, 1), in units of 1 = white
     std: Tensor
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor | Subset) -> None:
         super().__init__()
         # From a histogram of the 256 values: exact, and without a float copy of the whole set.
         levels = torch.arange(256, dtype=torch.float64) / 255
-        channels = (channel.flatten() for channel in images.unbind(1))
-        counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+        for start in range(0, len(images), 4096):
+            for count, channel in zip(counts, images[start : start + 4096].unbind(1), strict=True):
+                count += torch.bincount(channel.flatten(), minlength=256)
         p = counts / counts[:1].sum(dtype=torch.float64)  # (C, 256)
         mean = p @ levels
         std = (p @ levels**2 - mean**2).clamp_min(0).sqrt()
 
         self.register_buffer("mean", mean.float().view(-1, 1, 1))
         self.register_buffer("std", torch.where(std > 1e-6, std, 1.0).float().view(-1, 1, 1))
+
+    @classmethod
+    def of(cls, mean: Tensor, std: Tensor) -> Normalize:
+        """With statistics that were measured before: C numbers each, in units of 1 = white."""
+        normalize = cls(torch.zeros(1, mean.numel(), 1, 1, dtype=torch.uint8))
+        normalize.mean.copy_(mean.view(-1, 1, 1))
+        normalize.std.copy_(std.view(-1, 1, 1))
+        return normalize
 
     def forward(self, images: Tensor) -> Tensor:
         white = 255 if images.dtype == torch.uint8 else 1
@@ -227,7 +239,7 @@ class Classification(lightning.LightningModule):
 
 @torch.no_grad()
 def extract_features(
-    model: nn.Module, images: Tensor, machine: Machine, batch_size: int = 500
+    model: nn.Module, images: Tensor | Subset, machine: Machine, batch_size: int = 500
 ) -> Tensor:
     """What `model` makes of un-augmented images, in eval mode.
 
@@ -316,21 +328,21 @@ def percent(fraction: float) -> str:
 
 def print_columns(rows: Sequence[Sequence[str]], indent: int = 2, left: int = 0) -> None:
     """Print rows of texts as a table: first column (and column `left`) flush left, others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [
-            f"{text:<{width}}" if i in (0, left) else f"{text:>{width}}"
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = []
+        for i, (text, wide) in enumerate(zip(row, widths, strict=True)):
+            blank = " " * (wide - width(text))
+            cells.append(text + blank if i in (0, left) else blank + text)
         print(" " * indent + "   ".join(cells).rstrip())
 
 
 def print_per_class(per_class: dict[str, float | None]) -> None:
     """Print the accuracy of each class, best first, and name the worst three."""
-    there = ((value, name) for name, value in per_class.items() if value is not None)
+    there = ((value, shown(name)) for name, value in per_class.items() if value is not None)
     ranked = sorted(there, reverse=True)
-    shown = ranked if len(ranked) <= 20 else ranked[:3]
-    rows = [(name, percent(value), "#" * round(30 * value)) for value, name in shown]
+    listed = ranked if len(ranked) <= 20 else ranked[:3]
+    rows = [(name, percent(value), "#" * round(30 * value)) for value, name in listed]
     print_columns(rows, indent=4, left=2)
     if len(ranked) > 20:
         print(f"    ... and {len(ranked) - 3} more in results.json")
@@ -376,9 +388,9 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, A
     return figure, axes
 
 
-def plain(name: str) -> str:
-    """A class name as matplotlib should show it: `$` starts no formula, `_` hides no entry."""
-    return name.replace("$", r"\$").replace("_", " ").strip() or "_"
+def plain(name: str, most: int = 24) -> str:
+    """A name as matplotlib should show it: short, `$` starts no formula, `_` hides no entry."""
+    return shown(name, most).replace("$", r"\$").replace("_", " ").strip() or "?"
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -387,7 +399,7 @@ def save_figure(figure: Figure, file: Path) -> None:
         # A name in another script.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, bbox_inches="tight")
-    write_atomically(file, buffer.getbuffer())
+    write_atomically(file, buffer.getvalue())
     print(f"  figure {file}")
 
 
@@ -440,7 +452,7 @@ def plot_curves(
         over_epochs(axis, quantity, accuracy=quantity == "accuracy")
 
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.suptitle(plain(title))
+    figure.suptitle(plain(title, most=80))
     save_figure(figure, file)
 
 
@@ -473,7 +485,7 @@ def plot_confusion_matrix(
     if many:
         axis.set(xticks=[], yticks=[])
     else:
-        axis.tick_params(axis="x", rotation=45 if max(map(len, classes)) > 3 else 0)
+        axis.tick_params(axis="x", rotation=45 if max(map(len, names or [])) > 3 else 0)
     save_figure(figure, file)
 
 

@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import functions as fn
-from functions import Batches, EpochLog, ImageDataset, check
+from functions import Batches, EpochLog, ImageDataset, Subset, check
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -51,8 +51,8 @@ def rows_as_sequence(images: Tensor) -> Tensor:
 class Splits:
     """What one training needs: uint8 images (N, C, H, W) and int64 labels (N,) of each split."""
 
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
+    train: tuple[Tensor | Subset, Tensor]
+    validation: tuple[Tensor | Subset, Tensor]
     test: tuple[Tensor, Tensor]
     classes: tuple[str, ...]
 
@@ -73,8 +73,8 @@ def split(data: ImageDataset, fraction: float, seed: int) -> Splits:
     remedy = "hold out less, or take more images"
     check(not lost, f"{problem} leaves nothing to train on of {lost}: {remedy}")
     return Splits(
-        train=(images[kept], labels[kept]),
-        validation=(images[held_out], labels[held_out]),
+        train=(Subset(images, kept), labels[kept]),
+        validation=(Subset(images, held_out), labels[held_out]),
         test=(test_images, test_labels),
         classes=data.classes,
     )
@@ -209,7 +209,7 @@ class SimpleRNN(nn.Module):
 
 
 def build_model(
-    network: Network, cell: str, images: Tensor, num_classes: int, seed: int
+    network: Network, cell: str, images: Tensor | Subset, num_classes: int, seed: int
 ) -> SimpleRNN:
     """The network that the settings describe, for images (N, C, H, W), with weights of `seed`."""
     torch.manual_seed(seed)
@@ -624,6 +624,7 @@ def main(config: Config) -> None:
     if run.is_finished():
         return
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
+    run.is_about(data.description())
     splits = split(data, config.validation_fraction, config.seed)
     check_data(splits, config)
 

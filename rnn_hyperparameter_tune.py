@@ -221,7 +221,13 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     if trials.place_in_study(trial.study, trial.number) >= config.n_trials:
         raise trials.NotCounted  # several workers took up the last trial at the same moment
 
-    drawn = suggest(trial, config)
+    try:
+        drawn = suggest(trial, config)
+        check_inside(trial)
+    except (fn.UserError, ValueError, TypeError) as error:  # of what a user has put in the queue
+        queued = trial.study.get_trials(deepcopy=False)[trial.number].system_attrs["fixed_params"]
+        trial.set_user_attr("error", f"outside of the search space: {queued} ({error})")
+        raise trials.Unusable from None
     trial.set_user_attr("drawn", True)
     pruning = PyTorchLightningPruningCallback(trial, monitor="validation_loss")
     try:
@@ -232,13 +238,22 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
     except (MemoryError, RuntimeError) as error:
         if not fn.is_out_of_memory(error):
             raise
-        trial.set_user_attr("error", f"out of memory: {error}")
+        trial.set_user_attr("error", "out of memory")
+        trial.set_user_attr("details", str(error))
         raise MemoryError from None
     return min(row["validation_loss"] for row in trained.rows)
 
 
-def open_study(config: Config, url: str) -> optuna.Study:
-    """The study in the database at `url`, made if it is not there.
+def check_inside(trial: optuna.Trial) -> None:
+    """Raise UserError where a trial's value lies outside of its range: Optuna takes any number."""
+    for name, value in trial.params.items():
+        space = trial.distributions[name]
+        inside = space._contains(space.to_internal_repr(value))
+        check(inside, f"{name} {value} is none of {space}")
+
+
+def open_study(config: Config, url: str, data: dict[str, Any]) -> optuna.Study:
+    """The study of `data` in the database at `url`, made if it is not there.
 
     Raises UserError when the database fails, or the study is about something else.
     """
@@ -247,6 +262,7 @@ def open_study(config: Config, url: str) -> optuna.Study:
     heartbeat = config.heartbeat if config.storage else None
     study = trials.open_database(url, config.study_name, heartbeat)
     require_same_task(study, config)
+    trials.require_same_data(study, config.dataset, data)
     study.sampler = make_sampler(config)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
     if not config.storage:  # nobody else can be at work on it
@@ -256,7 +272,7 @@ def open_study(config: Config, url: str) -> optuna.Study:
 
 def require_same_task(study: optuna.Study, config: Config) -> None:
     """Raise UserError if the study has trials that these settings would not have made."""
-    keys = ["dataset", "image_size", "validation_fraction", "train_fraction", "seed", "space"]
+    keys = ["image_size", "validation_fraction", "train_fraction", "seed", "space"]
     keys += ["sampler", "cell", "epochs", "precision", "heartbeat"]
     if config.space == "extended":
         keys.remove("cell")  # drawn
@@ -310,7 +326,7 @@ def describe_trial(trial: optuna.trial.FrozenTrial, best: str) -> str:
     epochs, state = len(trial.intermediate_values), trial.state.name.lower()
     outcome = f"loss {trial.value:.4f}" if trial.value is not None else "loss   -   "
     if "error" in trial.user_attrs:
-        outcome = trial.user_attrs["error"].partition(":")[0]
+        outcome = textwrap.shorten(trial.user_attrs["error"], 90)
     return f"{state:8}  {epochs:2} epochs  {outcome}  {best}"
 
 
@@ -363,8 +379,13 @@ def run_workers(study: optuna.Study, config: Config, url: str) -> None:
 def work(config: Config, threads: int) -> None:
     """What each of --workers processes does: trials of the shared study, until it is complete."""
     threading.Thread(target=trials.end_with_parent, daemon=True).start()
+    with fn.lasting_output():
+        work_quietly(config, threads)
+
+
+def work_quietly(config: Config, threads: int) -> None:
+    """`work`, with nothing on stdout: the first process says what there is to say."""
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaves behind
-    # The first process says what there is to say.
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
     torch.set_num_threads(threads)
     trials.quiet_optuna()
@@ -372,7 +393,8 @@ def work(config: Config, threads: int) -> None:
     assert config.storage is not None
     ended_by: tuple[type[Exception], ...] = (fn.UserError, *trials.database_errors())
     try:
-        run_study(open_study(config, config.storage), load_splits(config), config)
+        splits, data = load_splits(config)
+        run_study(open_study(config, config.storage, data), splits, config)
     except ended_by as error:
         print(f"a worker ended: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -531,8 +553,11 @@ def report(study: optuna.Study, config: Config, folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 
 
-def load_splits(config: Config) -> rnn.Splits:
-    """The images that every trial is trained and validated on. Raises UserError for too few."""
+def load_splits(config: Config) -> tuple[rnn.Splits, dict[str, Any]]:
+    """What every trial is trained and validated on, and what there is to note of all the data.
+
+    Raises UserError for too few images.
+    """
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     splits = rnn.split(data, config.validation_fraction, config.seed)
     images, labels = splits.train
@@ -543,7 +568,8 @@ def load_splits(config: Config) -> rnn.Splits:
     most = max(BATCH_SIZES)
     problem = f"{len(seen)} training images are too few for batch size {most}"
     check(len(seen) >= most, f"{flag}: {problem}")
-    return replace(splits, train=(images[seen], labels[seen]))
+    part = fn.Subset(images, seen), labels[seen]
+    return replace(splits, train=part), data.description()
 
 
 def main(config: Config) -> None:
@@ -551,7 +577,8 @@ def main(config: Config) -> None:
 
     run = fn.Run(config)
     trials.quiet_optuna()
-    splits = load_splits(config)
+    splits, data = load_splits(config)
+    run.is_about(data)
     what = "recurrent networks" if config.space == "extended" else f"the {config.cell}"
     images = [f"{len(part[0]):,}" for part in (splits.train, splits.validation)]
     print(
@@ -561,11 +588,11 @@ def main(config: Config) -> None:
     )
 
     # A shared study is opened before a folder is made for nothing.
-    shared = open_study(config, config.storage) if config.storage else None
+    shared = open_study(config, config.storage, data) if config.storage else None
     with run.open() as folder:
         file = sqlalchemy.URL.create("sqlite", database=str(folder / "study.db"))
         url = config.storage or str(file)
-        study = shared or open_study(config, url)
+        study = shared or open_study(config, url, data)
         if done := trials.n_finished(study):
             print(f"going on with the study {config.study_name}: {done} trials are there")
         try:
@@ -578,8 +605,7 @@ def main(config: Config) -> None:
                 plot_study(study, folder)
         except trials.database_errors() as error:
             remedy = f"mend that, then go on with --resume {folder}"
-            problem = trials.database_problem(url, error)
-            raise fn.UserError(f"--storage {problem}: {remedy}") from None
+            raise fn.UserError(trials.database_problem(url, error, remedy)) from None
 
 
 if __name__ == "__main__":

@@ -48,9 +48,10 @@ from contrastive.evaluation import (  # noqa: F401
     draw,
     evaluate,
 )
+from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_normalize
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
-from functions import Batches, ImageDataset, UserError, check, nt_xent_loss
+from functions import Batches, ImageDataset, check, nt_xent_loss
 
 # ------------------------------------------------------------------------------------------------
 # Section 3, Appendix A: data augmentation, t ~ T
@@ -208,29 +209,6 @@ class SimCLRModel(nn.Module):
         return self.encoder
 
 
-def load_encoder(encoder: nn.Module, file: Path) -> None:
-    """Load weights from an encoder.pt, or from a checkpoint of this script.
-
-    Read as data, never as code. Raises UserError.
-    """
-    check(file.is_file(), f"--checkpoint {file}: no such file")
-    prefix = "model.encoder."
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if "state_dict" in state:
-            whole = state["state_dict"]
-            state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-        found = {name: value.shape for name, value in state.items()}
-    except Exception:  # a damaged file can fail in many ways
-        problem = f"--checkpoint {file} is damaged, or no checkpoint at all"
-        raise UserError(f"{problem}: take another file") from None
-
-    expected = {name: value.shape for name, value in encoder.state_dict().items()}
-    remedy = "give the --encoder, --stem and --norm it was trained with"
-    check(found == expected, f"--checkpoint {file} is of another encoder: {remedy}")
-    encoder.load_state_dict(state)
-
-
 # ------------------------------------------------------------------------------------------------
 # Section 2.3: large batches, and a learning rate that follows them
 # ------------------------------------------------------------------------------------------------
@@ -356,7 +334,8 @@ class Pretraining(Monitored):
     def embed(self, images: Tensor) -> Tensor:
         """z of two random views of each image: uint8 (N, 3, H, W) -> (2N, embedding_dim)."""
         done = self.global_step / (self.config.epochs * len(self.batches))
-        size = next(side for side, share in self.crop_sizes if done < share)
+        last, _ = self.crop_sizes[-1]
+        size = next((side for side, share in self.crop_sizes if done < share), last)
         views = two_views(images, self.config, size)  # (2N, 3, size, size), i and i + N a pair
         views = self.normalize(views).contiguous(memory_format=torch.channels_last)
         return self.model(views)
@@ -535,6 +514,7 @@ def print_plan(module: Pretraining) -> None:
     steps = f"{len(module.batches)} steps an epoch"
     print(f"pretraining on {images}: batch {batch} ({2 * (n - 1):,} negatives per view), {steps}")
 
+    print(module.batches.where(torch.device(config.machine.device)))
     rate = f"{config.base_learning_rate:g} x {n}/256 = {actual_learning_rate(config):g}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
     print(f"{config.optimizer}, learning rate {rate}, {warmup}", flush=True)
@@ -558,11 +538,22 @@ def check_data(data: ImageDataset, config: Config) -> None:
         check(wanted <= most, f"{problem}: {remedy}")
 
 
+def normalize_of(file: Path) -> fn.Normalize | None:
+    """How the encoder of --checkpoint was shown its images; says so if there is no record of it."""
+    normalize = load_normalize(file)
+    if normalize is None:
+        print(f"there is no record of how {file} saw its images: by this set's own statistics")
+    return normalize
+
+
 def main(config: Config) -> None:
+    file = encoder_file(config.checkpoint) if config.checkpoint else None
+    config = as_trained(config, file) if file else config
     run = fn.Run(config)
     if run.is_finished():
         return
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
+    run.is_about(data.description())
     check_data(data, config)
 
     torch.manual_seed(config.seed)
@@ -570,8 +561,10 @@ def main(config: Config) -> None:
     untrained = copy.deepcopy(encoder)
     dims = feature_dim, config.hidden_dim, config.embedding_dim
     model = SimCLRModel(encoder, *dims, config.norm)
-    if config.checkpoint is not None:
-        load_encoder(encoder, Path(config.checkpoint))
+    normalize = fn.Normalize(data.pretraining_images)
+    if file is not None:
+        load_encoder(encoder, file)
+        normalize = normalize_of(file) or normalize
 
     n, side = len(data.pretraining_images), data.train_images.shape[-1]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -587,7 +580,7 @@ def main(config: Config) -> None:
             pretrained = pretrain(model, data, config, folder)
             results["pretrain"] = pretrained.results
         if config.stages_list != ["pretrain"]:
-            evaluation = evaluate(encoder, untrained, data, config, folder)
+            evaluation = evaluate(encoder, untrained, normalize, data, config, folder)
             results |= evaluation.results()
 
         # The numbers first: no figure is worth losing them.

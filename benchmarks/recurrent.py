@@ -99,7 +99,7 @@ def bare_loop(cell: str, same_settings: bool = False) -> float:
     if same_settings:
         common.prepare()
     images, labels = splits(BATCH_SIZE * (STEPS + 1)).train
-    x = rnn.rows_as_sequence((images / 255 - 0.5) / 0.25)
+    x = rnn.rows_as_sequence((images[:] / 255 - 0.5) / 0.25)
     batches = zip(x.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
     return rate(cell, batches, fetch=False, fused=same_settings)
 

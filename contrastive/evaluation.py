@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
-from functions import Batches, ImageDataset, check
+from contrastive.pretrained import encoder_file
+from functions import Batches, ImageDataset, Subset, check
 
 STAGES = ("pretrain", "knn", "probe", "tsne")
 
@@ -31,7 +32,7 @@ class EvaluationSettings(fn.RunConfig):
     stages: str = "pretrain,knn,probe,tsne"
     """what to do, comma-separated: pretrain, knn, probe, tsne"""
     checkpoint: str | None = None
-    """encoder.pt, or a checkpoint of a run, for stages without pretrain"""
+    """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
     baselines: bool = True
     """also measure raw pixels and the untrained encoder"""
     label_fraction: float = 1.0
@@ -66,10 +67,9 @@ class EvaluationSettings(fn.RunConfig):
             remedy = "leave it out, or pretrain out of --stages"
             check(self.checkpoint is None, f"--checkpoint is for stages after pretrain: {remedy}")
         else:
-            file = self.checkpoint
-            needed = f"--stages {self.stages} needs --checkpoint FILE (a run's encoder.pt)"
-            check(file is not None, needed)
-            check(Path(file or "").is_file(), f"--checkpoint {file}: no such file")
+            needed = f"--stages {self.stages} needs --checkpoint, a run's folder or encoder.pt"
+            check(self.checkpoint is not None, needed)
+            encoder_file(self.checkpoint or "")
 
     @property
     def stages_list(self) -> list[str]:
@@ -387,13 +387,15 @@ class Evaluation:
 def evaluate(
     encoder: nn.Module,
     untrained: nn.Module,
+    normalize: fn.Normalize,
     data: ImageDataset,
     settings: EvaluationSettings,
     folder: Path,
 ) -> Evaluation:
     """Measure the encoder beside raw pixels and the untrained one; leaves classifier.pt.
 
-    Features are computed once per encoder and shared by every evaluation.
+    normalize: as the encoder's training images were. Features are computed once per encoder and
+    shared by every evaluation.
     """
     measured: dict[str, Measured] = {}
 
@@ -401,10 +403,12 @@ def evaluate(
     # on simple images the pixels alone are hard to beat.
     if settings.baselines and settings.measures:
         print("measuring raw pixels and the untrained encoder", flush=True)
-        measured["raw pixels"] = measure(features_of(nn.Flatten(), data, settings), settings)
-        measured["untrained encoder"] = measure(features_of(untrained, data, settings), settings)
+        own = fn.Normalize(data.pretraining_images)
+        for name, baseline in {"raw pixels": nn.Flatten(), "untrained encoder": untrained}.items():
+            features = features_of(nn.Sequential(own, baseline), data, settings)
+            measured[name] = measure(features, settings)
 
-    h = features_of(encoder, data, settings)
+    h = features_of(nn.Sequential(normalize, encoder), data, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
     print(f"measuring the pretrained encoder on {labelled}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew
@@ -428,16 +432,15 @@ def few_labels(measured: dict[str, Measured]) -> dict[str, list[FewLabels]]:
     return {name: outcome.few_labels for name, outcome in measured.items()}
 
 
-def features_of(encoder: nn.Module, data: ImageDataset, settings: EvaluationSettings) -> Features:
-    """What an encoder makes of the labelled images, --label_fraction of the training ones.
+def features_of(model: nn.Module, data: ImageDataset, settings: EvaluationSettings) -> Features:
+    """What a model makes of the labelled images, --label_fraction of the training ones.
 
-    They are normalised as in pretraining. Raises UserError for a set without labels.
+    uint8 (B, C, H, W) -> (B, D). Raises UserError for a set without labels.
     """
     train_images, train_labels, test_images, test_labels = data.labelled()
     chosen = fn.stratified_subset(train_labels, settings.label_fraction, settings.seed)
-    model = nn.Sequential(fn.Normalize(data.pretraining_images), encoder)
     return Features(
-        train=fn.extract_features(model, train_images[chosen], settings.machine),
+        train=fn.extract_features(model, Subset(train_images, chosen), settings.machine),
         train_labels=train_labels[chosen],
         test=fn.extract_features(model, test_images, settings.machine),
         test_labels=test_labels,

@@ -1,168 +1,170 @@
-"""A folder of image files as tensors: which files it holds, and their pixels, decoded once."""
+"""Which image files a folder holds, and of which class each is. None is left out in silence."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from machinery.errors import UserError, check
-from machinery.files import save_torch
+from machinery.errors import check
+
+# What systems and programs leave in any folder, besides names that begin with a dot.
+DROPPINGS = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",  # macOS
+    "__macosx",
+    "@eadir",  # Synology
+    "#recycle",
+    "@recycle",  # QNAP
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
 
 
-def flat_files(folder: Path) -> list[Path]:
-    """The image files that lie in `folder` itself, sorted."""
-    there = (path for path in folder.iterdir() if not path.is_dir())
-    return sorted(path for path in there if is_visible(path.relative_to(folder)))
+def is_dropping(name: str) -> bool:
+    """Whether a file or folder of this name is a system's own, and no part of any data set."""
+    return name.startswith(".") or name.casefold() in DROPPINGS
 
 
-def class_files(split: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """(files below split/<class>/, the class of each as int64 (N,), the classes' names)."""
-    there = (path for path in split.glob("*/**/*") if not path.is_dir())
-    files = sorted(path for path in there if is_visible(path.relative_to(split)))
-    check(bool(files), f"--dataset: no images in {split}/<class>/")
-
-    names = [path.relative_to(split).parts[0] for path in files]
-    classes = sorted(set(names))  # an empty folder is no class
-    return files, torch.tensor([classes.index(name) for name in names]), tuple(classes)
+def normal(name: str) -> str:
+    """A name in one of the forms that Unicode has for it: é is one letter, or e and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
-def is_visible(path: Path) -> bool:
-    """Whether a file counts as an image: all but those that systems hide.
+class Walk:
+    """Walks folders, follows links, and enters each directory once.
 
-    A file that is none is found on decoding, and named.
+    left_out: what it saw and did not take: neither files nor folders, and directories that a link
+    leads to again. Loops of links end there, too.
     """
-    hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and path.name.lower() not in ("thumbs.db", "desktop.ini")
 
+    def __init__(self, *not_below: Path) -> None:
+        self.entered = {identity(folder) for folder in not_below if folder.is_dir()}
+        self.links: list[tuple[str, str]] = []  # (path, class) of links to directories
+        self.left_out: list[str] = []
 
-def decode(folder: Path, files: list[Path], data_dir: Path, size: int) -> Tensor:
-    """Decode files to uint8 (N, 3, size, size), once, and keep them in data_dir/cache.
-
-    Raises UserError that names a file which is no image.
-    """
-    cache = (
-        data_dir / "cache" / f"{folder.resolve().name}-{size}px-{digest(folder, files, size)}.pt"
-    )
-    if cache.is_file():
-        with contextlib.suppress(Exception):  # a damaged cache is decoded afresh, and overwritten
-            images = torch.load(cache, weights_only=True, mmap=True)
-            if images.shape == (len(files), 3, size, size) and images.dtype == torch.uint8:
-                return images
-
-    print(f"decoding {len(files):,} images of {folder} (once; kept in {cache})", flush=True)
-    images = decode_all(files, size)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_torch(cache, images)
-    except (OSError, UserError) as error:
-        print(f"note: the decoded images are not kept for the next run ({error})", file=sys.stderr)
-    return images
-
-
-def digest(folder: Path, files: list[Path], size: int) -> str:
-    """Sixteen letters that change when any of the files does.
-
-    Names, lengths and times of change are not enough: archives keep whole seconds, so that two
-    files may have all three in common, and be renamed into each other. Each file's inode and the
-    time of its last change of any kind, which no program can set, tell them apart.
-    """
-    key = hashlib.sha256(f"2 {size} ".encode() + os.fsencode(folder.resolve()))
-    for file in files:
-        stat = file.stat()
-        key.update(os.fsencode(file.relative_to(folder)))
-        times = f"{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
-        key.update(f"\0{stat.st_size}\0{stat.st_ino}\0{times}\n".encode())
-    return key.hexdigest()[:16]
-
-
-def decode_all(files: list[Path], size: int) -> Tensor:
-    """uint8 (N, 3, size, size), on all processors. Raises UserError that names a bad file.
-
-    Grey images of more than 8 bits have one scale in common, so that the same level is the same
-    grey in all of them: the smallest usual number of bits that holds the highest level of all.
-    """
-    from PIL import Image
-
-    # read_image refuses absurdly large files itself.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    highest: dict[int, int] = {}  # of the deep ones, by their index
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, pixels in enumerate(pool.map(lambda file: read_image(file, size), files)):
-            if isinstance(pixels, int):
-                highest[i] = pixels
+    def files(self, folders: dict[str, str]) -> list[tuple[str, str]]:
+        """(path, class) of each file in or below `folders`, {path: class}, in the paths' order."""
+        found: list[tuple[str, str]] = []
+        links = dict[str, str]()
+        for folder, name in folders.items():
+            if os.path.islink(folder):
+                links[folder] = name
             else:
-                images[i] = torch.tensor(pixels).permute(2, 0, 1)
-        if not highest:
-            return images
+                found += ((path, name) for path in self.below(folder, name))
 
-        most = max(highest.values())
-        bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 2**bits)
-        print(f"{len(highest):,} of them are grey with levels up to {most:,}: read as {bits} bits")
-        deep = pool.map(lambda i: read_image(files[i], size, bits), highest)
-        for i, pixels in zip(highest, deep, strict=True):
-            images[i] = torch.tensor(pixels).permute(2, 0, 1)
-    return images
+        # What links lead to comes last: a directory belongs where it lies, not where it is shown.
+        self.links = [*links.items(), *self.links]
+        while self.links:
+            link, name = self.links.pop(0)
+            if identity(link) in self.entered:
+                self.left_out.append(f"{link} (a link to what is read elsewhere)")
+            else:
+                found += ((path, name) for path in self.below(link, name))
+        return sorted(found, key=lambda file: [normal(part) for part in file[0].split(os.sep)])
+
+    def below(self, folder: str, name: str) -> Iterator[str]:
+        """The files in or below one folder; links to folders are put by."""
+        self.entered.add(identity(folder))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_dropping(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self.below(entry.path, name)
+                elif entry.is_dir():
+                    self.links.append((entry.path, name))
+                elif entry.is_file() or entry.is_symlink():  # a link to nowhere is named on reading
+                    yield entry.path
+                else:  # a pipe or a socket, which to open could be to wait for ever
+                    self.left_out.append(entry.path)
 
 
-def read_image(file: Path, size: int, bits: int | None = None) -> np.ndarray | int:
-    """Decode one image file to RGB, uint8 (size, size, 3): scaled, then cropped to its middle.
+def identity(folder: str | Path) -> tuple[int, int]:
+    """What tells a directory from any other, whatever its path."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
 
-    Any mode and orientation. Of a grey image of more than 8 bits this is its highest level
-    instead, unless `bits` says that 2**bits - 1 is white. Raises UserError that names the file
-    when it is no image, is damaged, has signed, 32-bit or floating-point pixels, or is absurdly
-    large.
+
+def flat_files(folder: Path) -> list[str]:
+    """The files in or below `folder`, in order. For a folder without classes."""
+    walk = Walk()
+    files = [path for path, _ in walk.files({str(folder): ""})]
+    tell_left_out(folder, walk.left_out)
+    return files
+
+
+def class_files(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """{split: (its files, the class of each)} of folder/train/<class>/ and folder/test/<class>/.
+
+    Classes in normal form: of two folders whose names differ in form alone, the images are one
+    class's. What lies beside the class folders is named. Raises UserError if a split that is there
+    has no images.
     """
-    from PIL import Image, ImageOps
+    splits = [name for name in ("train", "test") if (folder / name).is_dir()]
+    left_out = [entry.path for entry in seen(folder) if entry.name not in ("train", "test")]
+    found = {}
+    walks = []
+    for split in splits:
+        walk = Walk(folder, folder / "train", folder / "test")
+        walks.append(walk)
+        beside = [entry for entry in seen(folder / split) if not entry.is_dir()]
+        classes = [entry for entry in seen(folder / split) if entry.is_dir()]
+        files = walk.files({entry.path: normal(entry.name) for entry in classes})
+        check(bool(files), f"--dataset: no images in {folder / split}/<class>/")
 
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > 50_000_000:  # before any pixel is decoded
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            image.draft("RGB", (size, size))  # a JPEG decoder may shrink by 2, 4 or 8 as it reads
-            is_tiff = image.format == "TIFF"
-            upright = ImageOps.exif_transpose(image)
+        found[split] = [path for path, _ in files], [name for _, name in files]
+        left_out += [*(entry.path for entry in beside), *walk.left_out]
+    tell_left_out(folder, left_out)
 
-            if upright.mode == "F":
-                raise ValueError(
-                    "its pixels are floating-point numbers: convert it to 8 or 16 bits"
-                )
-            if upright.mode.startswith("I"):
-                # Pillow's I holds what I;16 cannot: of a TIFF, signed or 32-bit numbers; of a PGM,
-                # 16 bits.
-                if upright.mode == "I" and is_tiff:
-                    problem = "its pixels are signed or 32-bit numbers"
-                    raise ValueError(f"{problem}: convert it to 8 or 16 bits without a sign")
-                levels = np.asarray(upright)
-                if bits is None:
-                    return int(levels.max())
-                upright = Image.fromarray(to_eight_bits(levels, bits))
-            if upright.mode in ("P", "PA", "LA", "RGBA") or "transparency" in upright.info:
-                rgba = upright.convert("RGBA")
-                white = Image.new("RGBA", rgba.size, "white")
-                upright = Image.alpha_composite(white, rgba)
-
-            rgb = upright.convert("RGB")
-            if rgb.size != (size, size):
-                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-            return np.asarray(rgb)
-
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        reason = str(error).replace(str(file), "the file")
-        problem = f"{file} is not an image that can be read ({reason})"
-        raise UserError(f"{problem}: replace or remove it") from None
+    above = Walk(folder, folder / "train", folder / "test").entered
+    if set.intersection(*(walk.entered for walk in walks)) - above and len(walks) == 2:
+        problem = "links lead from both train/ and test/ to the same folder"
+        print(
+            f"warning: {folder}: {problem}: some test images are training images", file=sys.stderr
+        )
+    return found
 
 
-def to_eight_bits(levels: np.ndarray, bits: int) -> np.ndarray:
-    """Levels from 0 to 2**bits - 1 as uint8 from 0 to 255, rounded: (H, W) -> (H, W)."""
-    white = 2**bits - 1
-    return ((levels.astype(np.int64) * 255 + white // 2) // white).astype(np.uint8)
+def seen(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, but for systems' droppings, sorted by name."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not is_dropping(entry.name)]
+    return sorted(visible, key=lambda entry: normal(entry.name))
+
+
+def some(words: list[str], most: int = 10) -> str:
+    """The first of them for people, and how many more there are."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def tell_left_out(folder: Path, paths: list[str]) -> None:
+    """Name what is not read in one line, so that nobody waits for it."""
+    if paths:
+        print(f"note: not read in {folder}: {some(sorted(paths))}", file=sys.stderr)
+
+
+def numbered(names: list[str], classes: tuple[str, ...]) -> Tensor:
+    """Class names as indices into `classes`: int64 (N,)."""
+    place = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([place[name] for name in names])
+
+
+def count_line(split: str, names: list[str]) -> str:
+    """How many images a split has, of its smallest class and of its largest: for people."""
+    counts = Counter(names)
+    least, most = min(counts, key=lambda c: counts[c]), max(counts, key=lambda c: counts[c])
+    line = f"{len(names):,} {split} images of {len(counts):,} class{'es' * (len(counts) > 1)}"
+    if counts[least] == counts[most]:
+        return f"{line}, {counts[most]:,} of each"
+    return f"{line}, from {counts[least]:,} of {least} to {counts[most]:,} of {most}"

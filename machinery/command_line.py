@@ -25,6 +25,7 @@ from machinery.devices import Machine, resolve_device, resolve_precision, starte
 from machinery.durations import parse_duration
 from machinery.errors import TimeIsUp, UserError, check, is_out_of_memory
 from machinery.files import check_output_dir, write_atomically
+from machinery.output import lasting_output
 
 # ------------------------------------------------------------------------------------------------
 # Settings: what a script can be told
@@ -48,6 +49,14 @@ PROBABILITY = Rule(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")
 SHARE = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 PART = Rule(lambda value: 0 < value < 1, "between 0 and 1")
 BELOW_1 = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def is_utf_8(text: str) -> bool:
+    return text == text.encode(errors="replace").decode()
+
+
+# A configuration file could not hold anything else.
+UTF_8 = Rule(is_utf_8, "a name in UTF-8: rename the folder, or give a link to it")
 
 
 class Settings:
@@ -91,6 +100,7 @@ class DataSettings(Settings):
     def validate(self) -> None:
         super().validate()
         check(self.dataset != "", "--dataset is empty: name a data set or a folder")
+        self.require("dataset data_dir", UTF_8)
         size = self.image_size
         fits = size is None or 4 <= size <= 1024
         check(fits, f"--image_size must be between 4 and 1024 pixels, got {size}")
@@ -106,6 +116,9 @@ class RunConfig(DataSettings):
     of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
     """flags that say nothing about a run's outcome: not kept in its config.yaml, and free to
     change when it is resumed"""
+    of_the_place: ClassVar[tuple[str, ...]] = ("dataset", "data_dir")
+    """flags that a resumed run may change because its data have moved; whether they are the same
+    data, their fingerprint tells"""
 
     output_dir: str | None = None
     """folder for this run's results; unless given, a new one named after script, data set and
@@ -121,6 +134,7 @@ class RunConfig(DataSettings):
 
     def validate(self) -> None:
         super().validate()
+        self.require("output_dir resume", UTF_8)
         check(0 <= self.seed < 2**32, f"--seed must be between 0 and 2^32 - 1, got {self.seed}")
         resolve_device(self.accelerator)
         if self.output_dir is not None and self.resume is None and is_first_process(self):
@@ -381,7 +395,7 @@ def resumed(
 
     # A second time, with today's words over the saved ones, to see which of them differ.
     given = parser.parse_args([f"--config={text}", *words])
-    free = ("config", *config_class.of_the_session)
+    free = ("config", *config_class.of_the_session, *config_class.of_the_place)
     changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
     may_grow = build(config_class, saved).may_grow
     refused = [key for key in changed if key not in may_grow or given[key] < saved[key]]
@@ -480,6 +494,15 @@ def command_line(
 
     User errors and Ctrl-C end in one line on stderr, without a traceback.
     """
+    with lasting_output():
+        status = run_program(main, config_class, description)
+    sys.exit(status)
+
+
+def run_program(
+    main: Callable[[ConfigT], None], config_class: type[ConfigT], description: str | None
+) -> int:
+    """Run `main(config)`; what ends it early is one line. Returns the exit status."""
     script = config_class.script
     try:
         config = parse_config(config_class, sys.argv[1:], description)
@@ -490,21 +513,22 @@ def command_line(
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
         main(config)
     except (UserError, OSError) as error:  # an OSError names its file, one without access, say
-        fail(script, f"error: {' '.join(str(error).split())}", status=2)
+        return failed(script, f"error: {' '.join(str(error).split())}", status=2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        fail(script, "error: out of memory: take smaller batches, or a smaller network", status=2)
+        remedy = "take smaller batches, smaller images, or a smaller network"
+        return failed(script, f"error: out of memory: {remedy}", status=2)
     except TimeIsUp as time_is_up:
         print(f"--max_time is over; {time_is_up}")
     except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)  # after the ^C that the terminal shows
         how = interrupt.args[0] if interrupt.args else "nothing new was saved yet"
-        fail(script, f"interrupted; {how}", status=130)
-    sys.exit(0)
+        return failed(script, f"interrupted; {how}", status=130)
+    return 0
 
 
-def fail(script: str, message: str, status: int) -> NoReturn:
-    """End the program with one line on stderr."""
+def failed(script: str, message: str, status: int) -> int:
+    """Say in one line on stderr why the program ends; returns its exit status."""
     print(f"{script}: {message}", file=sys.stderr)
-    sys.exit(status)
+    return status

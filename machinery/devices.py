@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,6 +72,17 @@ def prepare_device(machine: Machine) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        return 1024.0 * int(line.split()[1])
+    return math.inf
 
 
 def started_together() -> int | None:

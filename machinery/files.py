@@ -38,7 +38,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises CannotWrite.
 
     The data goes to a file beside it, is synced to the disk, and then takes the old file's name.
@@ -64,7 +64,8 @@ def save_torch(path: Path, value: Any) -> None:
     """`torch.save`, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    write_atomically(path, buffer.getbuffer())
+    # Its bytes, which cost no copy; a view would outlive the buffer where the disk is full.
+    write_atomically(path, buffer.getvalue())
 
 
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:

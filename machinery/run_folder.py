@@ -1,13 +1,16 @@
-"""The folder that a run leaves: its configuration from the start, its results at the end."""
+"""The folder that a run leaves: its settings and data from the start, its results at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +21,20 @@ import torch
 from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
 from machinery.devices import started_together
-from machinery.errors import CannotWrite, TimeIsUp, UserError
+from machinery.errors import CannotWrite, TimeIsUp, UserError, check
 from machinery.files import check_output_dir, locked, write_atomically
 
 
 class Run:
     """A run of a script: its folder, and the record that becomes its results.json.
 
-    Make one when the work starts, as the clock and the state of the code are read here. Open it
-    once the input is known to be good, as that makes the folder.
+    Make one when the work starts, as the clock and the state of the code are read here. Tell it
+    what its data are. Open it once the input is known to be good, as that makes the folder.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.data: dict[str, Any] | None = None
         self.folder = Path(config.resume or config.output_dir or "")
         self.started = time.monotonic()
         self.git_commit = git("rev-parse", "HEAD")
@@ -44,10 +48,34 @@ class Run:
             return False
         before = load_config(type(self.config), self.folder / "config.yaml")
         # Compared as settings, not as text: an older file may lack what is newer.
+        before = replace(before, data_dir=self.config.data_dir)
         if as_yaml(before) != as_yaml(self.config):
             return False
         print(f"{self.folder} is finished: its results are in {self.folder}/results.json")
         return True
+
+    def is_about(self, data: dict[str, Any]) -> None:
+        """Note the data of this run, or check that they are the ones it began with.
+
+        data: its `fingerprint`, and what else there is to say. What was learned from other images
+        is worth nothing here, and may not even fit. Raises UserError.
+        """
+        self.data = data
+        if self.config.resume is None or not is_first_process(self.config):
+            return
+        try:
+            began_with = json.loads((self.folder / "data.json").read_text("utf-8"))
+            same = began_with["fingerprint"] == data["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            if not any(self.folder.rglob("*.ckpt")) and not (self.folder / "study.db").is_file():
+                return  # it was interrupted before it learned anything
+            problem = f"{self.folder} has no record of its data, as it is of an earlier version"
+            doubt = f"take care that {self.config.dataset} holds the same images"
+            print(f"warning: {problem}: {doubt}", file=sys.stderr)
+            return
+        problem = f"--resume {self.folder}: --dataset {self.config.dataset} is not what it was"
+        remedy = "put it back, name a copy with --dataset, or start a new run"
+        check(same, f"{problem} ({difference(began_with, data)}): {remedy}")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Path]:
@@ -90,12 +118,16 @@ class Run:
         # An earlier end's results are not this one's.
         (self.folder / "results.json").unlink(missing_ok=True)
         save_config(self.folder / "config.yaml", self.config)
+        if self.data is not None:
+            text = json.dumps(self.data, indent=2)
+            write_atomically(self.folder / "data.json", f"{text}\n".encode())
 
     def how_to_go_on(self) -> str:
         """The command that resumes this run, for people."""
+        folder = shlex.quote(str(self.folder))
         if self.config.processes > 1 and started_together() is not None:
-            return f"continue with the same torchrun or srun command and --resume {self.folder}"
-        return f"continue with: python {self.config.script} --resume {self.folder}"
+            return f"continue with the same torchrun or srun command and --resume {folder}"
+        return f"continue with: python {self.config.script} --resume {folder}"
 
     def record(self) -> dict[str, Any]:
         """What ran, where, with which versions, and for how many seconds so far."""
@@ -104,6 +136,7 @@ class Run:
         return {
             "script": self.config.script,
             "dataset": self.config.dataset,
+            "data": self.data,
             "seed": self.config.seed,
             "device": torch.cuda.get_device_name() if on_cuda else machine.device,
             "precision": machine.precision,
@@ -126,6 +159,18 @@ class Run:
         print(f"results in {file}")
 
 
+def difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """How two descriptions of data differ: for people."""
+    lost = [name for name in then["classes"] if name not in now["classes"]]
+    new = [name for name in now["classes"] if name not in then["classes"]]
+    words = [f"without class {lost[0]}"] if lost else []
+    words += [f"with a new class {new[0]}"] if new else []
+    for key, count in now.items():
+        if isinstance(count, int) and then.get(key) != count:
+            words.append(f"{key.replace('_', ' ')} {count:,} instead of {then.get(key, 0):,}")
+    return ", ".join(words) or "as many images, but others"
+
+
 def new_folder(config: RunConfig) -> Path:
     """The folder that --output_dir names, or a new one in runs/, made here. Raises UserError."""
     if config.output_dir:
@@ -135,6 +180,7 @@ def new_folder(config: RunConfig) -> Path:
         return folder
 
     script, dataset = Path(config.script).stem, Path(config.dataset).resolve().name
+    dataset = re.sub(r"[^\w.-]+", "-", dataset)[:60]  # easy to type, for --resume
     name = f"{script}-{dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):  # runs that start in the same second
         folder = Path("runs") / f"{name}{suffix}"

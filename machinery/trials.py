@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from machinery.errors import UserError, check
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 class NotCounted(Exception):
     """Ends a trial that is no part of the study: one beyond its last, or one taken over."""
+
+
+class Unusable(Exception):
+    """Ends a trial that counts, and failed: the values that it was given cannot be tried."""
 
 
 def was_interrupted(trial: optuna.trial.FrozenTrial) -> bool:
@@ -67,6 +72,7 @@ def quiet_optuna() -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", message="Fixed parameter .* is out of range")  # it fails
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
@@ -86,8 +92,7 @@ def open_database(url: str, name: str, heartbeat: int | None) -> optuna.Study:
             if attempt < 3 and isinstance(error, sqlalchemy.exc.DBAPIError):
                 time.sleep(0.5 * 2**attempt)
                 continue
-            problem = database_problem(url, error)
-            raise UserError(f"--storage {problem}: check the URL") from None
+            raise UserError(database_problem(url, error, "check the URL")) from None
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -133,11 +138,15 @@ def database_errors() -> tuple[type[Exception], ...]:
     return sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
 
 
-def database_problem(url: str, error: Exception) -> str:
+def database_problem(url: str, error: Exception, remedy: str) -> str:
     """One line about a database that fails, without the password that its URL may hold."""
     password = re.search(r"//[^/@]*:([^/@]+)@", url)
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-    text = f"{url} cannot be used ({reason})"
+    if "optuna storage upgrade" in reason:  # made by an older Optuna, which says so itself
+        reason, remedy = "its tables are an older Optuna's", "run `optuna storage upgrade` on it"
+    elif "table schema" in reason:
+        reason, remedy = "its tables are a newer Optuna's", "update Optuna"
+    text = f"--storage {url} cannot be used ({reason}): {remedy}"
     return text.replace(password[1], "***") if password else text
 
 
@@ -162,6 +171,29 @@ def require_same_task(study: optuna.Study, task: dict[str, Any], older: dict[str
     theirs = {key: noted.get(key, older[key]) for key in task}
     other = ", ".join(f"--{key} {theirs[key]}" for key in task if theirs[key] != task[key])
     check(not other, f"{another} has trials with {other}: name another study")
+
+
+def require_same_data(study: optuna.Study, dataset: str, data: dict[str, Any]) -> None:
+    """Note in a new study what its data are; raise UserError if an older one has trials on others.
+
+    data: their `fingerprint`, and what else there is to say; where they lie does not matter. A
+    study without this record, of an earlier version, noted the name alone.
+    """
+    another = f"--study_name {study.study_name}"
+    noted = study.user_attrs.get("data")
+    if noted is not None:
+        problem = f"has trials on other data than --dataset {dataset} now is"
+        same = noted["fingerprint"] == data["fingerprint"]
+        check(same, f"{another} {problem}: name another study, or give it the same images")
+        return
+
+    if named := study.user_attrs["task"].get("dataset"):
+        problem = f"has trials with --dataset {named}"
+        same = Path(named).resolve().name == Path(dataset).resolve().name
+        check(same, f"{another} {problem}: name another study")
+        doubt = f"take care that {dataset} holds the same images"
+        print(f"warning: {another} has no record of its data: {doubt}", file=sys.stderr)
+    study.set_user_attr("data", data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -204,7 +236,7 @@ def run_trial(study: optuna.Study, objective: Objective, listener: Listener) -> 
             objective,
             n_trials=1,
             callbacks=[listener],
-            catch=(MemoryError, NotCounted),
+            catch=(MemoryError, NotCounted, Unusable),
             # A trainer's objects refer to each other: free them before the next trial.
             gc_after_trial=True,
         )

@@ -1,6 +1,8 @@
 """Bad input: one line that names culprit and remedy, exit status 2, and every file as it was."""
 
 import contextlib
+import json
+import os
 import string
 
 import numpy as np
@@ -17,6 +19,8 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
 from machinery import command_line
+
+DIGITS_DATA = json.dumps(fn.load_dataset("digits").description(), indent=2) + "\n"
 
 
 def png(file, color="red", size=(8, 8)):
@@ -42,7 +46,7 @@ def make_bad_folders(root):
     (root / "zero/test/y/nothing.png").write_bytes(b"")
     whole = (root / "cut/train/x/a.png").read_bytes()
     (root / "cut/train/x/cut.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (8000, 8000)).save(root / "huge/train/x/huge.png")
+    Image.new("1", (16000, 16000)).save(root / "huge/train/x/huge.png")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "float/train/y/float.tiff")
     for c in "xy":
         png(root / "notest/train" / c / "1.png")
@@ -82,6 +86,7 @@ def make_bad_runs(root):
     """Run folders with one thing wrong each."""
     for name in ("other", "nocheckpoint", "codecheckpoint", "badconfig", "codeconfig", "ends"):
         (root / name / "checkpoints").mkdir(parents=True)
+        (root / name / "data.json").write_text(DIGITS_DATA)
         fn.save_config(root / name / "config.yaml", rnn.Config(dataset="digits", epochs=3))
     fn.save_config(root / "other/config.yaml", simCLR.Config(dataset="digits"))
     torch.save(Code(), root / "codecheckpoint/checkpoints/last.ckpt")
@@ -94,6 +99,7 @@ def make_bad_runs(root):
     fn.save_config(root / "cycle/config.yaml", cycle_config)
 
     (root / "study").mkdir()
+    (root / "study/data.json").write_text(DIGITS_DATA)
     tune_config = tune.Config(dataset="digits", epochs=3)
     fn.save_config(root / "study/config.yaml", tune_config)
     (root / "study/study.db").write_bytes(b"no database" * 100)
@@ -211,6 +217,8 @@ BAD = [
     (RNN, ["--config", "date.yaml"], "--seed", "int"),
     (SIMCLR, ["--dataset", "mnist"], "--dataset mnist", "cifar10"),
     (SIMCLR, ["--dataset", ""], "--dataset", "name a data set"),
+    (SIMCLR, ["--dataset", os.fsdecode(b"caf\xe9")], "--dataset must be a name in UTF-8", "rename"),
+    (RNN, [*DIGITS, "--output_dir", os.fsdecode(b"\xff")], "--output_dir must be", "rename"),
     (SIMCLR, ["--dataset", "afile"], "--dataset afile", "cifar10"),
     (SIMCLR, ["--dataset", "empty"], "--dataset empty", "train/<class>/"),
     (SIMCLR, ["--dataset", "hidden"], "--dataset hidden", "train/<class>/"),
@@ -223,10 +231,10 @@ BAD = [
             ("broken", "broken/train/x/text.png"),
             ("zero", "zero/test/y/nothing.png"),
             ("cut", "cut/train/x/cut.png"),
-            ("huge", "huge/train/x/huge.png"),
             ("float", "float/train/y/float.tiff"),
         )
     ],
+    (SIMCLR, ["--dataset", "huge"], "huge/train/x/huge.png is too large", "make it smaller"),
     (SIMCLR, ["--dataset", "notest", "--batch_size", "2"], "notest", "--stages pretrain"),
     (RNN, ["--dataset", "notest", "--batch_size", "2"], "notest", "notest/test/<class>"),
     (TUNE, ["--dataset", "oneclass"], "oneclass", "needs two"),
@@ -236,7 +244,8 @@ BAD = [
     (SIMCLR, [*DIGITS, *TWO_DEVICES.split()], "--batch_size 1000", "take at most 719"),
     (RNN, [*DIGITS, "--batch_size", "5000"], "--batch_size 5000", "take at most 1295"),
     (SIMCLR, [*KNN, "nowhere.pt"], "nowhere.pt", "no such file"),
-    (SIMCLR, [*KNN, "empty"], "--checkpoint empty", "no such file"),
+    (SIMCLR, [*KNN, "ends"], "--checkpoint ends", "folder of a run that has pretrained"),
+    (SIMCLR, [*KNN, "empty"], "--checkpoint empty", "folder of a run"),
     *[
         (SIMCLR, [*KNN, file], file, "take another")
         for file in ("text.pt", "nothing.pt", "code.pt", "list.pt")
@@ -299,7 +308,7 @@ def test_cuda_where_there_is_none(run, tmp_path):
 def test_a_network_that_no_memory_holds_is_one_line(run_here, tmp_path):
     done = run_here("rnn.py", *DIGITS, "--hidden_size", 30_000_000, cwd=tmp_path)
     assert done.returncode == 2
-    remedy = "take smaller batches, or a smaller network"
+    remedy = "take smaller batches, smaller images, or a smaller network"
     assert done.stderr == f"rnn.py: error: out of memory: {remedy}\n"
 
 

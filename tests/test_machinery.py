@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +23,15 @@ from helpers import CPU, Config, randn, user_error
 from torch import nn
 
 import functions as fn
+import machinery.batches
 import rnn
 import rnn_hyperparameter_tune
 import simCLR
 from functions import UserError
-from machinery import command_line, devices, files, run_folder, training
+from machinery import command_line, devices, files, output, run_folder, training
 
 HERE = Path(__file__).parent
+DATA = {"fingerprint": "abc", "train_images": 30, "image_size": 8, "classes": ["cat", "dog"]}
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -439,12 +443,13 @@ def test_csv_has_every_column_and_blanks_for_what_a_row_lacks():
 
 def test_results_json_has_the_common_keys_and_the_outcome():
     run = fn.Run(Config("digits", seed=5, accelerator="cpu", precision="fp32", output_dir="out"))
+    run.is_about(DATA)
     with run.open():
         run.save(knn={"accuracy": 0.5})
     results = json.loads(Path("out/results.json").read_text())
-    keys = "script dataset seed device precision threads versions git_commit git_dirty seconds knn"
-
-    assert list(results) == keys.split()
+    assert results["data"] == json.loads(Path("out/data.json").read_text()) == DATA
+    keys = "script dataset data seed device precision threads versions git_commit git_dirty seconds"
+    assert list(results) == [*keys.split(), "knn"]
     assert (results["script"], results["dataset"], results["seed"]) == ("script.py", "digits", 5)
     assert (results["device"], results["precision"]) == ("cpu", "fp32")
     assert results["threads"] == torch.get_num_threads()
@@ -760,6 +765,148 @@ def test_batches_of_another_device_are_others():
     assert moved.tensors[0].device.type == "meta"
     assert batches.tensors[0].device.type == "cpu"
     assert (moved.batch_size, moved.seed) == (2, 0)
+
+
+SETS = {"shuffled": {"seed": 3}, "in order": {}, "of two ranks": {"seed": 3, "ranks": 2}}
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("as_subset", [False, True])
+def test_a_set_that_does_not_fit_gives_the_same_batches(kind, as_subset, monkeypatch):
+    images, labels = torch.arange(300).view(100, 3), torch.arange(100)
+    chosen = torch.arange(99, -1, -2)
+    tensors = (images[chosen], labels[chosen])
+    if as_subset:
+        tensors = fn.Subset(images, chosen), fn.Subset(labels, chosen)
+    options = {"batch_size": 7, "drop_last": "ranks" in SETS[kind], **SETS[kind]}
+    batches = fn.Batches(images[chosen], labels[chosen], **options)
+    batches.epoch = 2
+    expected = list(batches)
+
+    for free in (10.0**9, 0.0):
+        monkeypatch.setattr(machinery.batches, "free_memory", lambda device, free=free: free)
+        moved = fn.Batches(*tensors, **options).to(torch.device("cpu"))
+        assert moved.kept == bool(free)
+        moved.epoch = 2
+        found = list(moved)
+        assert len(found) == len(expected) == len(moved)
+        for one, other in zip(found, expected, strict=True):
+            assert all(map(torch.equal, one, other))
+
+
+def test_the_next_batch_is_gathered_while_one_is_computed_with(monkeypatch):
+    monkeypatch.setattr(machinery.batches, "free_memory", lambda device: 0.0)
+    batches = fn.Batches(torch.arange(12), batch_size=3).to(torch.device("cpu"))
+    taken, both = [], threading.Event()
+
+    def take(part):
+        taken.append((part.start, threading.current_thread()))
+        if len(taken) == 2:
+            both.set()
+        return (torch.arange(12)[part],)
+
+    batches.take = take
+    found = iter(batches)
+    assert next(found)[0].tolist() == [0, 1, 2]
+    assert both.wait(10)  # without the second being asked for
+    assert taken[1][0] == 3
+    assert all(thread is not threading.main_thread() for _, thread in taken)
+    found.close()
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize(("free", "fits"), [(1000, False), (1200, True), (math.inf, True)])
+def test_a_quarter_of_the_free_memory_is_for_the_images(free, fits, monkeypatch):
+    monkeypatch.setattr(machinery.batches, "free_memory", lambda device: float(free))
+    batches = fn.Batches(torch.zeros(100, 3, dtype=torch.uint8), batch_size=7)
+    assert (batches.bytes, batches.fits(torch.device("cpu"))) == (300, fits)
+    words = "kept in the memory of the cpu" if fits else "each batch is gathered one step ahead"
+    assert words in batches.where(torch.device("cpu"))
+
+
+def test_free_memory_is_what_the_system_says():
+    free = devices.free_memory(torch.device("cpu"))
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free <= whole
+
+
+def test_a_subset_copies_nothing_until_it_is_asked():
+    images = torch.arange(20).view(10, 2)
+    part = fn.Subset(fn.Subset(images, torch.tensor([9, 8, 3, 1])), torch.tensor([2, 0]))
+    assert (len(part), part.shape, part.device) == (2, (2, 2), images.device)
+    assert part[:].tolist() == [[6, 7], [18, 19]]
+    assert part[torch.tensor([1])].tolist() == [[18, 19]]
+    images[9] = 0
+    assert part[1:].tolist() == [[0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------
+# Output
+# ------------------------------------------------------------------------------------------------
+
+
+class Ending(io.RawIOBase):
+    """A file that nobody reads any more."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def broken_stream():
+    return io.TextIOWrapper(io.BufferedWriter(Ending(), buffer_size=1), write_through=True)
+
+
+def test_a_stream_that_nobody_reads_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", broken_stream())
+    with output.lasting_output():
+        for _ in range(3):
+            print("a line", flush=True)
+    assert capsys.readouterr().err.count("note: stdout is lost") >= 1
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_is_not_there_is_no_error(closed, monkeypatch):
+    monkeypatch.setattr(sys, closed, None)
+    with output.lasting_output():
+        print("a line", file=getattr(sys, closed), flush=True)
+        assert getattr(sys, closed).isatty() is False
+    assert getattr(sys, closed) is None
+
+
+@pytest.mark.parametrize("name", ["蜜蜂", os.fsdecode(b"caf\xe9"), "\U0001f41d"])
+def test_letters_that_the_encoding_lacks_are_escaped(name, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    with output.lasting_output():
+        print(name)
+        sys.stdout.flush()
+        assert raw.getvalue().decode("cp1252").strip() == name.encode(
+            "cp1252", "backslashreplace"
+        ).decode("cp1252")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cat", "cat"),
+        ("two\nlines\tand tabs", "two lines and tabs"),
+        ("x" * 15 + "y" * 165, "x" * 15 + "…" + "y" * 8),
+        (os.fsdecode(b"caf\xe9"), "caf?"),
+        ("a\u200bb\x1b[31m", "a?b?[31m"),
+        (" ", "?"),
+    ],
+)
+def test_names_are_shown_in_a_line_that_fits(name, text):
+    assert output.shown(name) == text
+
+
+def test_a_table_is_straight_with_wide_letters_and_accents(capsys):
+    fn.print_columns([["蜜蜂", "1 %"], ["e\u0301", "22 %"], ["bee", "3 %"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert {output.width(line) for line in lines} == {2 + 4 + 3 + 4}
 
 
 def test_rows_travel_in_the_checkpoint():

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Code
@@ -120,6 +121,8 @@ def torture(script, kills, uninterrupted, image_folder, cwd, seed=0):
             process.kill()
             process.join()
             survived += 1
+            if survived % 4 == 0:
+                assert_other_data_are_refused(script, image_folder, cwd)
         else:
             assert process.exitcode == 0, output(process, cwd)
             assert_same_bits(cwd / "out", reference)
@@ -129,6 +132,27 @@ def torture(script, kills, uninterrupted, image_folder, cwd, seed=0):
 
     print(f"{script}: {survived} kills, {compared} runs compared, uninterrupted {seconds:.1f} s")
     return compared
+
+
+def contents(folder):
+    """Every file below a folder, and its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_other_data_are_refused(script, image_folder, cwd):
+    """With one image more the run does not go on, and stays as it is."""
+    if not (cwd / "out/data.json").is_file():
+        return
+    before, new = contents(cwd / "out"), image_folder / "train/red/zzz.png"
+    shutil.copyfile(image_folder / "train/blue/000.png", new)
+    try:
+        process = start(script, "--resume", "out", cwd=cwd)
+        process.join(300)
+    finally:
+        new.unlink()
+    assert process.exitcode == 2, output(process, cwd)
+    assert "train images 301 instead of 300" in output(process, cwd)
+    assert contents(cwd / "out") == before
 
 
 @pytest.mark.slow
@@ -170,11 +194,11 @@ def short_rnn(image_folder, run_here, tmp_path):
 
 
 def test_a_finished_run_says_so_and_is_left_alone(short_rnn, run_here):
-    before = {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    before = contents(short_rnn)
     done = run_here("rnn.py", "--resume", "out", cwd=short_rnn.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "out is finished: its results are in out/results.json\n"
-    assert before == {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    assert contents(short_rnn) == before
 
 
 def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, run_here):
@@ -316,8 +340,9 @@ def test_runs_of_the_same_second_get_folders_of_their_own(image_folder, tmp_path
     assert len({json.dumps(timeless(result)) for result in results}) == 1, texts
 
     # All four decoded the images at once, too.
-    (cache,) = (tmp_path / "data/cache").iterdir()
-    assert torch.load(cache, weights_only=True).shape == (324, 3, 8, 8)
+    (cache,) = (tmp_path / "data/cache").glob("*/images.npy")
+    assert np.load(cache).shape == (324, 3, 8, 8)
+    assert sum("decoding" in text for text in texts) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -428,16 +453,155 @@ def test_without_a_sound_checkpoint_there_is_one_line(short_rnn, run_here):
     assert not (short_rnn.parent / "hacked").exists()
 
 
+# ------------------------------------------------------------------------------------------------
+# A run knows its data
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_images(image_folder, tmp_path):
+    """A copy of the folder of images that a test may change."""
+    return Path(shutil.copytree(image_folder, tmp_path / "mine"))
+
+
+@pytest.fixture
+def own_rnn(own_images, run_here, tmp_path):
+    """The folder of a finished run on it, of three epochs."""
+    flags = ["--dataset", "mine", *TINY, "--epochs", 3, "--output_dir", "out"]
+    done = run_here("rnn.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "out"
+
+
+def change_data(folder, how):
+    """Change a folder of images. Returns what is to be said of it."""
+    if how == "a class more":
+        for split in ("train", "test"):
+            shutil.copytree(folder / split / "red", folder / split / "pink")
+        return "with a new class pink"
+    if how == "a class renamed":
+        for split in ("train", "test"):
+            os.rename(folder / split / "red", folder / split / "zinnober")
+        return "without class red, with a new class zinnober"
+    if how == "images fewer":
+        for i in range(40):
+            (folder / f"train/red/{i:03}.png").unlink()
+        return "train images 260 instead of 300"
+    if how == "an image more":
+        shutil.copyfile(folder / "train/red/000.png", folder / "train/red/zzz.png")
+        return "train images 301 instead of 300"
+    if how == "a label wrong":
+        os.rename(folder / "train/red/099.png", folder / "train/green/zzz.png")
+    elif how == "a test image other":
+        shutil.copyfile(folder / "test/red/001.png", folder / "test/red/000.png")
+    return "as many images, but others"
+
+
+CHANGES = ["a class more", "a class renamed", "images fewer", "an image more"]
+CHANGES += ["a label wrong", "a test image other"]
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_run_does_not_go_on_with_other_data(how, own_rnn, own_images, run_here):
+    before, said = contents(own_rnn), change_data(own_images, how)
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=own_rnn.parent)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--resume out: --dataset mine is not what it was" in line
+    assert said in line
+    assert contents(own_rnn) == before
+
+
+def test_nor_with_another_data_set(own_rnn, run_here):
+    before = contents(own_rnn)
+    flags = ["--resume", "out", "--epochs", 5, "--dataset", "digits"]
+    done = run_here("rnn.py", *flags, cwd=own_rnn.parent)
+    assert done.returncode == 2
+    assert "without class blue, with a new class 0" in done.stderr
+    assert contents(own_rnn) == before
+
+
+def test_pretraining_does_not_go_on_with_other_data(own_images, run_here, tmp_path):
+    flags = ["--dataset", "mine", *SHORT["simCLR.py"], "--max_time", "00:00:00:01"]
+    done = run_here("simCLR.py", *flags, "--output_dir", "out", cwd=tmp_path)
+    assert "--max_time is over" in done.stdout
+    before, said = contents(tmp_path / "out"), change_data(own_images, "images fewer")
+    done = run_here("simCLR.py", "--resume", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert contents(tmp_path / "out") == before
+
+
+def test_data_that_have_moved_are_named_anew(own_rnn, own_images, run_here):
+    """The same images in another place: the run ends as it would have there."""
+    cwd = own_rnn.parent
+    os.rename(own_images, cwd / "moved")
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=cwd)
+    assert done.returncode == 2
+    assert "--dataset mine: no such folder" in done.stderr
+
+    flags = ["--epochs", 5, "--dataset", "moved/", "--data_dir", "new"]
+    done = run_here("rnn.py", "--resume", "out", *flags, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    whole = ["--dataset", "moved/", "--data_dir", "new", *TINY, "--epochs", 5]
+    assert run_here("rnn.py", *whole, "--output_dir", "five", cwd=cwd).returncode == 0
+    assert_same_bits(own_rnn, cwd / "five")
+
+    # Once more, with another spelling: nothing is left to do.
+    done = run_here("rnn.py", "--resume", "out", "--data_dir", "data", cwd=cwd)
+    assert "is finished" in done.stdout
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning(own_rnn, own_images, run_here):
+    (own_rnn / "data.json").unlink()
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 4, cwd=own_rnn.parent)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: out has no record of its data")
+
+    change_data(own_images, "an image more")  # from now on it is known
+    done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=own_rnn.parent)
+    assert done.returncode == 2
+
+
+def test_a_study_does_not_go_on_with_other_data(own_images, run_here, tmp_path):
+    flags = ["--dataset", "mine", *SHORT["rnn_hyperparameter_tune.py"]]
+    flags += ["--n_trials", 1, "--output_dir", "out"]
+    done = run_here("rnn_hyperparameter_tune.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, said = contents(tmp_path / "out"), change_data(own_images, "an image more")
+    done = run_here("rnn_hyperparameter_tune.py", "--resume", "out", "--n_trials", 2, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_shared_study_knows_its_data_and_not_their_path(own_images, run_here, tmp_path):
+    script, storage = "rnn_hyperparameter_tune.py", ["--storage", "sqlite:///shared.db"]
+    flags = [*SHORT[script], "--n_trials", 1, *storage]
+    for dataset in ("mine", "mine/", own_images.absolute()):
+        done = run_here(script, "--dataset", dataset, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    change_data(own_images, "a label wrong")
+    before = (tmp_path / "shared.db").read_bytes()
+    done = run_here(script, "--dataset", "mine", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--study_name rnn has trials on other data than --dataset mine now is" in line
+    assert (tmp_path / "shared.db").read_bytes() == before
+
+
 @pytest.mark.parametrize("how", ["cut", "empty", "code"])
 def test_what_a_run_had_reached_stays_where_it_cannot_go_on(how, short_rnn, run_here):
     """Of a finished run whose epochs are raised, but whose checkpoints are damaged."""
     for file in (short_rnn / "checkpoints").glob("*last.ckpt"):
         damage(file, how)
-    before = {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    before = contents(short_rnn)
     done = run_here("rnn.py", "--resume", "out", "--epochs", 5, cwd=short_rnn.parent)
     assert done.returncode == 2
     assert "start afresh" in done.stderr
-    assert before == {path: path.read_bytes() for path in short_rnn.rglob("*") if path.is_file()}
+    assert contents(short_rnn) == before
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(short_rnn, run_here):

@@ -6,9 +6,12 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import termios
+import unicodedata
 from statistics import mean
 
 import pytest
@@ -21,7 +24,7 @@ import functions as fn
 import simCLR
 
 COMMON = {
-    *("script", "dataset", "seed", "device", "precision", "threads"),
+    *("script", "dataset", "data", "seed", "device", "precision", "threads"),
     *("versions", "git_commit", "git_dirty", "seconds"),
 }
 FAST_SIMCLR = [
@@ -104,6 +107,67 @@ def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tm
     first, again = (json.loads((f / "results.json").read_text()) for f in (out, tmp_path / "again"))
     assert again["knn"] == first["knn"]
     assert not {"pretrain", "probe", "baselines"} & set(again)
+
+
+@pytest.fixture
+def measured(monkeypatch, run_here, tmp_path):
+    """measured(flags) -> (what simCLR.py would measure with, what it printed), on digits."""
+    found = {}
+
+    def evaluate(encoder, untrained, normalize, data, config, folder):
+        found.update(normalize=normalize, config=config)
+        raise fn.UserError("enough")
+
+    def with_flags(*flags):
+        monkeypatch.setattr(simCLR, "evaluate", evaluate)
+        words = ["--dataset", "digits", "--stages", "knn", "--checkpoint"]
+        done = run_here("simCLR.py", *words, *flags, cwd=tmp_path)
+        assert done.stderr == "simCLR.py: error: enough\n"
+        return found["normalize"], found["config"], done.stdout
+
+    return with_flags
+
+
+def statistics(run):
+    return json.loads((run / "results.json").read_text())["pretrain"]["normalize"]
+
+
+@pytest.mark.parametrize("file", [".", "encoder.pt", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize("results", ["there", "gone", "of another kind"])
+def test_an_encoder_sees_other_images_as_it_saw_its_own(
+    file, results, simclr_run, measured, tmp_path
+):
+    """Its architecture, too, is its run's: there, the stem was torchvision's."""
+    shutil.copytree(simclr_run[0], tmp_path / "run")
+    if results == "gone":
+        (tmp_path / "run/results.json").unlink()
+    if results == "of another kind":
+        (tmp_path / "run/results.json").write_text('{"pretrain": null}')
+    normalize, config, said = measured(tmp_path / "run" / file)
+    assert config.stem == "imagenet"
+    expected = statistics(simclr_run[0])
+    assert normalize.mean.flatten().tolist() == expected["mean"]
+    assert normalize.std.flatten().tolist() == expected["std"]
+    assert "there is no" not in said
+
+
+def test_an_encoder_without_its_run_is_taken_for_what_the_flags_say(simclr_run, measured, tmp_path):
+    shutil.copyfile(simclr_run[0] / "encoder.pt", tmp_path / "mine.pt")
+    normalize, _, said = measured("mine.pt", "--stem", "imagenet")
+    digits = fn.Normalize(fn.load_dataset("digits").train_images)
+    assert torch.equal(normalize.mean, digits.mean)
+    assert "no config.yaml beside mine.pt" in said
+    assert "--encoder resnet18, --stem imagenet, --norm batch" in said
+    assert "no record of how mine.pt saw its images: by this set's own statistics" in said
+
+
+@pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--norm", "group"]])
+def test_flags_that_contradict_the_encoders_run_are_refused(flags, simclr_run, run_here, tmp_path):
+    words = ["--dataset", "digits", "--stages", "knn", "--checkpoint", simclr_run[0]]
+    done = run_here("simCLR.py", *words, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert " ".join(flags) in done.stderr
+    assert "leave it out" in done.stderr
 
 
 @pytest.mark.slow
@@ -234,6 +298,72 @@ def test_numbers_are_saved_before_any_figure_and_a_failing_one_costs_a_line(
     assert all("note: " in line and "(a font is missing)" in line for line in lines)
     assert {name for name, saved in seen if not saved} <= {"views.png"}
     assert json.loads((tmp_path / "out/results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# Names and outputs that are hard to take
+# ------------------------------------------------------------------------------------------------
+
+AWKWARD = ["蜜蜂", os.fsdecode(b"caf\xe9"), "x" * 180, "two\nlines", "$x_1$", "_hidden", "a\u0301"]
+
+
+@pytest.fixture
+def awkward(tmp_path):
+    """A folder of images with a line's end in its name, and classes that are hard to write."""
+    folder = tmp_path / "photos of\nme"
+    for split, count in (("train", 6), ("test", 2)):
+        for c, name in enumerate(AWKWARD):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (30 * c, 250 - 9 * i, 0)).save(
+                    folder / split / name / f"{i}.png"
+                )
+    return folder
+
+
+def script_in_a_shell(how, *flags, cwd):
+    """Run `python rnn.py flags` with something wrong about its output. -> CompletedProcess."""
+    words = shlex.join(
+        [sys.executable, str(fn.Path(fn.__file__).parent / "rnn.py"), *map(str, flags)]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
+    command = f"set -o pipefail; {words} {how}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("how", ["", ">&-", "2>&-", ">&- 2>&-", "| head -1", "> /dev/full"])
+def test_nothing_that_becomes_of_the_output_ends_a_run(how, awkward, tmp_path):
+    flags = ["--dataset", awkward, "--image_size", 8, "--batch_size", 8]
+    flags += ["--epochs", 1, "--output_dir", "out"]
+    done = script_in_a_shell(how, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text("utf-8"))
+    names = {unicodedata.normalize("NFC", name) for name in AWKWARD}
+    assert set(results["cells"]["rnn"]["per_class"]) == names
+    assert b"Traceback" not in done.stderr
+    lost = how in ("| head -1", "> /dev/full")
+    assert len(done.stderr.splitlines()) == lost
+
+    if how == "| head -1":
+        done = script_in_a_shell(how, "--resume", "out", "--epochs", 2, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path):
+    flags = ["--dataset", awkward, "--epochs", 1, *FAST_SIMCLR[:4], "--batch_size", 8]
+    flags += ["--knn_k", 3, "--probe", "lbfgs", "--no-baselines"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "x" * 15 + "…" + "x" * 8 in done.stdout
+    assert "x" * 30 not in done.stdout.partition("linear probe: train")[2]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"simCLR-photos-of-me-[\d-]+", folder.name)
+    for name in ("confusion_matrix.png", "tsne.png"):
+        with Image.open(folder / name) as image:
+            assert max(image.size) < 1500
 
 
 @pytest.mark.parametrize("copies", [1, 16])

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -181,8 +182,8 @@ def test_extended_search_space_is_the_documented_one():
 
 def test_trials_may_see_a_part_of_the_training_images_and_all_validation_images():
     configs = [tune.Config(dataset="digits", train_fraction=f) for f in (1.0, 0.25)]
-    whole, part = map(tune.load_splits, configs)
-    assert torch.equal(whole.validation[0], part.validation[0])
+    (whole, _), (part, _) = map(tune.load_splits, configs)
+    assert torch.equal(whole.validation[0][:], part.validation[0][:])
     assert torch.equal(whole.test[0], part.test[0])
     share = part.train[1].bincount() / whole.train[1].bincount()
     assert ((share - 0.25).abs() < 0.01).all()
@@ -199,10 +200,13 @@ pytestmark = [
 ]
 
 
+DATA = fn.load_dataset("digits").description()
+
+
 def small_study(tmp_path, **changes):
     config = tune.Config(**{"dataset": "digits", "n_trials": 2, "epochs": 2} | changes)
     splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
-    study = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+    study = tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
     return study, splits, config
 
 
@@ -218,7 +222,7 @@ def test_objective_is_the_lowest_validation_loss(tmp_path):
 def test_a_resumed_study_goes_on_numbering_and_ends_at_n_trials(tmp_path):
     study, splits, config = small_study(tmp_path, epochs=1)
     tune.run_study(study, splits, config)
-    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
     config.n_trials = 3
     tune.run_study(again, splits, config)
     tune.run_study(again, splits, config)  # nothing is missing now
@@ -232,7 +236,7 @@ def test_an_interrupted_trial_is_drawn_again_and_the_next_ones_are_new(tmp_path,
     first = [tune.suggest(study.ask(), config).learning_rate for _ in range(2)]
 
     # Opening the study fails the trials that were running when their process ended.
-    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
     assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL"]
 
     repeated = [tune.suggest(again.ask(), config).learning_rate for _ in range(3)]
@@ -244,7 +248,7 @@ def test_an_empty_storage_names_no_other_workers(tmp_path):
     """The study is this process's alone: what seems to run was killed, and is not waited for."""
     study, _, config = small_study(tmp_path, storage="")
     study.ask()
-    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+    again = tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
 
 
@@ -412,7 +416,8 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(
     monkeypatch.setattr(rnn, "train", sometimes)
     tune.run_study(study, splits, config)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert study.trials[1].user_attrs["error"] == f"out of memory: {error}"
+    assert study.trials[1].user_attrs["error"] == "out of memory"
+    assert study.trials[1].user_attrs["details"] == str(error)
     assert "trial 2/3  fail       0 epochs  out of memory  best" in capsys.readouterr().out
     assert tune.report(study, config, tmp_path)["study"]["failed"] == 1
 
@@ -457,7 +462,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     config = tune.Config(dataset="digits", cell="lstm", epochs=5, seed=1)
     message = r"--study_name rnn has trials with --seed 0, --cell rnn, --epochs 2: name"
     with pytest.raises(fn.UserError, match=message):
-        tune.open_study(config, f"sqlite:///{tmp_path}/study.db")
+        tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
 
 
 def test_any_other_error_ends_the_worker_and_costs_no_trial(tmp_path, monkeypatch):
@@ -505,7 +510,8 @@ def test_a_database_that_fails_in_the_middle_is_one_line(method, tmp_path, monke
 
 def test_a_password_is_not_printed():
     error = ValueError("no user me:secret there")
-    text = trials.database_problem("postgresql+psycopg://me:secret@host/db", error)
+    url = "postgresql+psycopg://me:secret@host/db"
+    text = trials.database_problem(url, error, "check the URL")
     assert "secret" not in text
     assert "postgresql+psycopg://me:***@host/db" in text
 
@@ -515,7 +521,7 @@ def test_the_study_of_another_program_is_refused(tmp_path):
     study = optuna.create_study(storage=url, study_name="rnn")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
     with pytest.raises(fn.UserError, match="--study_name rnn is the study of another program"):
-        tune.open_study(tune.Config(dataset="digits"), url)
+        tune.open_study(tune.Config(dataset="digits"), url, DATA)
 
 
 def test_timeout_says_what_is_missing(tmp_path, capsys):
@@ -600,7 +606,7 @@ def test_a_trial_whose_worker_died_before_it_drew_anything_is_made_up_for(tmp_pa
     url = f"sqlite:///{tmp_path}/x.db"
     config = tune.Config(dataset="digits", n_trials=1, epochs=1, storage=url, heartbeat=2)
     splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
-    study = tune.open_study(config, config.storage)
+    study = tune.open_study(config, config.storage, DATA)
     study.ask()
     tune.run_study(study, splits, config)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
@@ -615,7 +621,7 @@ def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path}/x.db"
     config = tune.Config(dataset="digits", n_trials=2, epochs=1, storage=url)
     splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
-    study = tune.open_study(config, config.storage)
+    study = tune.open_study(config, config.storage, DATA)
     train, calls = rnn.train, []
 
     def suspended(*args, **options):
@@ -635,7 +641,7 @@ def test_a_worker_whose_trial_was_taken_goes_on(when, tmp_path, monkeypatch):
 
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
     config = tune.Config(dataset="digits", storage=f"sqlite:///{tmp_path}/x.db")
-    study = tune.open_study(config, config.storage)
+    study = tune.open_study(config, config.storage, DATA)
     for number in range(4):
         trial = study.ask()
         assert trial.number == number
@@ -748,9 +754,9 @@ def test_a_study_that_several_workers_began_draws_nothing_twice(tmp_path):
     study, _, config = small_study(tmp_path)
     url = f"sqlite:///{tmp_path}/study.db"
     study.set_user_attr("workers", 2)
-    worker = tune.open_study(replace(config, storage=url), url)
+    worker = tune.open_study(replace(config, storage=url), url, DATA)
     drawn = [tune.suggest(worker.ask(), config).learning_rate for _ in range(5)]
-    alone = tune.open_study(config, url)  # fails the five, because no worker is left
+    alone = tune.open_study(config, url, DATA)  # fails the five, because no worker is left
     drawn += [tune.suggest(alone.ask(), config).learning_rate for _ in range(3)]
     assert len(set(drawn)) == 8
 
@@ -764,6 +770,62 @@ def test_an_older_study_lacks_what_is_new(tmp_path):
     tune.require_same_task(study, config)
     with pytest.raises(fn.UserError, match=r"has trials with --train_fraction 1\.0: name another"):
         tune.require_same_task(study, replace(config, train_fraction=0.5))
+
+
+def test_an_older_study_noted_its_data_set_by_name(tmp_path, capsys):
+    study, _, config = small_study(tmp_path)
+    url = f"sqlite:///{tmp_path}/study.db"
+    old = study.storage if hasattr(study, "storage") else study._storage
+    old.set_study_user_attr(study._study_id, "data", None)
+    study.set_user_attr("task", study.user_attrs["task"] | {"dataset": "some/where/digits"})
+    with pytest.raises(fn.UserError, match="has trials with --dataset some/where/digits"):
+        tune.open_study(replace(config, dataset="cifar10"), url, DATA)
+    assert capsys.readouterr().err == ""
+    for warnings in (1, 0):  # from then on the data are known
+        tune.open_study(config, url, DATA)
+        assert capsys.readouterr().err.count("warning: --study_name rnn has no record") == warnings
+
+
+@pytest.mark.parametrize(
+    "queued",
+    [
+        {"hidden_size": 999},
+        {"learning_rate": 5.0},
+        {"weight_decay": -1.0},
+        {"batch_size": "many"},
+        {"learning_rate": float("nan")},
+    ],
+)
+def test_a_queued_trial_outside_of_the_space_fails_alone(queued, tmp_path, capsys, recwarn):
+    study, splits, config = small_study(tmp_path, epochs=1)
+    study.enqueue_trial(queued)
+    trials.quiet_optuna()
+    tune.run_study(study, splits, config)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert "trial 1/2  fail       0 epochs  outside of the search" in capsys.readouterr().out
+    assert next(iter(queued)) in study.trials[0].user_attrs["error"]
+    assert not [w for w in recwarn if "out of range" in str(w.message)]
+
+
+def test_a_queued_trial_inside_of_the_space_is_tried(tmp_path):
+    study, splits, config = small_study(tmp_path, n_trials=1, epochs=1)
+    study.enqueue_trial({"hidden_size": 128, "learning_rate": 1e-3})
+    tune.run_study(study, splits, config)
+    (trial,) = study.trials
+    assert (trial.state.name, trial.params["learning_rate"]) == ("COMPLETE", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schema", "remedy"), [("v2.6.0.a", "run `optuna storage upgrade`"), ("v99", "update Optuna")]
+)
+def test_tables_of_another_optuna_are_told_what_optuna_tells(schema, remedy, tmp_path):
+    small_study(tmp_path)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (schema,))
+    message = rf"--storage sqlite:.*study\.db cannot be used \(its tables are .*\): {remedy}"
+    with pytest.raises(fn.UserError, match=message) as caught:
+        tune.open_study(tune.Config(dataset="digits"), f"sqlite:///{tmp_path}/study.db", DATA)
+    assert "check the URL" not in str(caught.value)
 
 
 @pytest.mark.parametrize("space", ["default", "extended"])
@@ -833,4 +895,4 @@ def test_best_config_is_what_rnn_reads(tmp_path):
 
 def test_database_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(fn.UserError, match="--storage nonsense cannot be used"):
-        tune.open_study(tune.Config(storage="nonsense"), "nonsense")
+        tune.open_study(tune.Config(storage="nonsense"), "nonsense", DATA)

@@ -1,0 +1,110 @@
+"""An encoder that was trained before: its weights, its architecture, and how to show it images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import functions as fn
+from functions import UserError, check
+
+ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
+
+ARCHITECTURE = ("encoder", "stem", "norm")
+
+
+def encoder_file(checkpoint: str) -> Path:
+    """The file that --checkpoint names, or the encoder in the run folder that it names.
+
+    Raises UserError.
+    """
+    named = Path(checkpoint)
+    if not named.is_dir():
+        check(named.is_file(), f"--checkpoint {named}: no such file")
+        return named
+    there = [named / "encoder.pt", named / "checkpoints" / "last.ckpt"]
+    found = next((file for file in there if file.is_file()), None)
+    if found is None:
+        problem = f"--checkpoint {named} has neither encoder.pt nor checkpoints/last.ckpt"
+        raise UserError(f"{problem}: give the folder of a run that has pretrained, or a file")
+    return found
+
+
+def run_of(file: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None for one that was taken out of it."""
+    near = (file.parent, file.parent.parent)
+    return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
+
+
+def as_trained(config: ConfigT, file: Path) -> ConfigT:
+    """The configuration with the architecture that the run of a checkpoint had.
+
+    Raises UserError where a flag says otherwise.
+    """
+    run = run_of(file)
+    if run is None:
+        names = ", ".join(f"--{name} {getattr(config, name)}" for name in ARCHITECTURE)
+        print(f"there is no config.yaml beside {file}: it is taken for an encoder of {names}")
+        return config
+    trained = fn.load_config(type(config), run / "config.yaml")
+    recorded = {name: getattr(trained, name) for name in ARCHITECTURE}
+    for name, value in recorded.items():
+        given, default = getattr(config, name), getattr(type(config), name)
+        problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
+        check(given in (value, default), f"{problem}: leave it out")
+    return replace(config, **recorded)
+
+
+def load_encoder(encoder: nn.Module, file: Path) -> None:
+    """Load weights from an encoder.pt, or from a checkpoint of this script.
+
+    Read as data, never as code. Raises UserError.
+    """
+    check(file.is_file(), f"--checkpoint {file}: no such file")
+    prefix = "model.encoder."
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if "state_dict" in state:
+            whole = state["state_dict"]
+            state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+        found = {name: value.shape for name, value in state.items()}
+    except Exception:  # a damaged file can fail in many ways
+        problem = f"--checkpoint {file} is damaged, or no checkpoint at all"
+        raise UserError(f"{problem}: take another file") from None
+
+    expected = {name: value.shape for name, value in encoder.state_dict().items()}
+    remedy = "give the --encoder, --stem and --norm it was trained with"
+    check(found == expected, f"--checkpoint {file} is of another encoder: {remedy}")
+    encoder.load_state_dict(state)
+
+
+def load_normalize(file: Path) -> fn.Normalize | None:
+    """How the encoder's own training images were normalised; None where there is no record.
+
+    An encoder sees other images as it saw those: with their statistics it would see a grey photo
+    as it saw a bright one. The record is in the checkpoint itself, or else in the run's
+    results.json, or in the checkpoint of a run that has no results yet.
+    """
+    run = run_of(file)
+    beside = [run / "results.json", run / "checkpoints" / "last.ckpt"] if run else []
+    for source in (file, *beside):
+        # What is not there, damaged, or of another kind is no record.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
+            mean, std = recorded_statistics(source)
+            return fn.Normalize.of(torch.as_tensor(mean), torch.as_tensor(std))
+    return None
+
+
+def recorded_statistics(source: Path) -> tuple[Any, Any]:
+    """Mean and deviation of each channel, as a results.json or a checkpoint has them."""
+    if source.suffix == ".json":
+        normalize = json.loads(source.read_text("utf-8"))["pretrain"]["normalize"]
+        return normalize["mean"], normalize["std"]
+    state = fn.load_checkpoint(source)["state_dict"]
+    return state["normalize.mean"], state["normalize.std"]
