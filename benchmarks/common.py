@@ -169,7 +169,7 @@ def print_group(group: str, rows: dict[str, dict[str, Any]]) -> None:
 def write(name: str, run: fn.Run, outcome: dict[str, Any]) -> None:
     """Write results/benchmarks/<name>.json: what ran and where, and what was measured."""
     record = run.record() | {"script": f"benchmarks/{name}.py"}
-    del record["precision"]  # every candidate has its own
+    del record["precision"], record["data"]  # every candidate has its own
     for package in ALTERNATIVES:
         with contextlib.suppress(PackageNotFoundError):
             record["versions"][package] = version(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -23,6 +24,8 @@ from machinery.command_line import RunConfig, as_yaml, is_first_process, load_co
 from machinery.devices import started_together
 from machinery.errors import CannotWrite, TimeIsUp, UserError, check
 from machinery.files import check_output_dir, locked, write_atomically
+
+EARLIER = "previous-results.json"
 
 
 class Run:
@@ -115,8 +118,9 @@ class Run:
         """Clear what an earlier session left unfinished or outdated, and save the configuration."""
         for leftover in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
             leftover.unlink()
-        # An earlier end's results are not this one's.
-        (self.folder / "results.json").unlink(missing_ok=True)
+        # An earlier end's results are not this one's, but they are kept until there are new ones.
+        if (self.folder / "results.json").is_file():
+            os.replace(self.folder / "results.json", self.folder / EARLIER)
         save_config(self.folder / "config.yaml", self.config)
         if self.data is not None:
             text = json.dumps(self.data, indent=2)
@@ -156,6 +160,7 @@ class Run:
         file = self.folder / "results.json"
         text = json.dumps({**self.record(), **outcome}, indent=2)
         write_atomically(file, f"{text}\n".encode())
+        (self.folder / EARLIER).unlink(missing_ok=True)
         print(f"results in {file}")
 
 

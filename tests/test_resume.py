@@ -214,6 +214,20 @@ def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, r
     assert "is finished" in run_here("rnn.py", "--resume", "out", cwd=cwd).stdout
 
 
+def test_earlier_results_stay_until_there_are_new_ones(short_rnn, run_here):
+    cwd, before = short_rnn.parent, (short_rnn / "results.json").read_bytes()
+    flags = ["--epochs", 6, "--max_time", "00:00:00:01"]
+    for resumed in range(2):  # cut off twice
+        done = run_here("rnn.py", "--resume", "out", *flags, cwd=cwd)
+        assert "--max_time is over" in done.stdout, resumed
+        assert not (short_rnn / "results.json").exists()
+        assert (short_rnn / "previous-results.json").read_bytes() == before
+
+    assert run_here("rnn.py", "--resume", "out", cwd=cwd).returncode == 0
+    assert (short_rnn / "results.json").is_file()
+    assert not (short_rnn / "previous-results.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
