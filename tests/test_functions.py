@@ -115,6 +115,26 @@ def test_normalize_is_torchvisions_totensor_and_normalize():
     torch.testing.assert_close(fn.Normalize(train)(other), expected.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_statistics_of_a_subset_are_those_of_its_images_alone():
+    """Also of more images than are looked at together."""
+    images = randint(256, 9000, 3, 4, 4, dtype=torch.uint8)
+    images[::2] //= 3
+    chosen = torch.arange(1, 9000, 2)
+    part, copied = fn.Normalize(fn.Subset(images, chosen)), fn.Normalize(images[chosen])
+    assert torch.equal(part.mean, copied.mean)
+    assert torch.equal(part.std, copied.std)
+    values = images[chosen].double() / 255
+    expected = values.mean((0, 2, 3), keepdim=True)[0].float()
+    torch.testing.assert_close(part.mean, expected, rtol=1e-6, atol=0)
+
+
+def test_statistics_that_were_measured_before_are_taken_as_they_are():
+    measured = fn.Normalize(randint(256, 50, 3, 4, 4, dtype=torch.uint8))
+    again = fn.Normalize.of(measured.mean.flatten(), measured.std.flatten())
+    assert torch.equal(again.mean, measured.mean)
+    assert torch.equal(again.std, measured.std)
+
+
 def test_normalize_reads_uint8_and_floats_from_0_to_1_alike_and_changes_neither():
     images = skewed_images()
     floats, normalize = images.float() / 255, fn.Normalize(images)
