@@ -55,7 +55,13 @@ from machinery.command_line import (  # noqa: F401
     parse_config,
     save_config,
 )
-from machinery.devices import Machine, prepare_device
+from machinery.devices import (  # noqa: F401
+    REDUCED,
+    Machine,
+    free_memory,
+    prepare_device,
+    take_gpu,
+)
 from machinery.durations import format_time  # noqa: F401
 from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_memory  # noqa: F401
 from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
@@ -252,8 +258,7 @@ def extract_features(
 
     batches = Batches(images, batch_size=batch_size)
     bar = tqdm(batches, "features", leave=False, disable=not sys.stdout.isatty())
-    reduced = machine.precision == "bf16"
-    with torch.autocast(machine.device, torch.bfloat16, enabled=reduced):
+    with machine.autocast():
         features = [model(batch.to(machine.device)).float().cpu() for (batch,) in bar]
 
     model.train(was_training).cpu()

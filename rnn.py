@@ -174,12 +174,11 @@ class SimpleRNN(nn.Module):
     def states(self, x: Tensor) -> Tensor:
         """The top layer's state after each row: (B, steps, input_size) -> (B, steps, width)."""
         device = x.device.type
-        # On CPUs without AVX-512 oneDNN has no LSTM in bfloat16 and would stop: stay in float32.
+        # On CPUs without AVX-512 oneDNN has no LSTM in bfloat16 and would stop. On CUDA, PyTorch
+        # gives cuDNN's recurrent layers float16 under any autocast, whatever it was asked for.
         lacking = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if lacking and isinstance(self.recurrent, nn.LSTM):
-            context: Any = torch.autocast(device, enabled=False)
-        else:
-            context = contextlib.nullcontext()
+        in_float32 = (lacking and isinstance(self.recurrent, nn.LSTM)) or device == "cuda"
+        context = torch.autocast(device, enabled=False) if in_float32 else contextlib.nullcontext()
         with context:
             outputs, _ = self.recurrent(x)
         return outputs
@@ -266,8 +265,9 @@ class Training(fn.LongRun):
     validation_fraction: float = 0.1
     """share of each class's training images held out, to choose the epoch and the learning rate's
     fall"""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """float32, or bfloat16 autocast: faster for LSTM and GRU on CPUs that compute in it (on CUDA
+    recurrent layers stay in float32)"""
 
     def __post_init__(self) -> None:
         if isinstance(self.flip, bool):  # a switch once, and so it stands in older configurations
@@ -303,6 +303,7 @@ class Config(Training, Network, fn.RunConfig):
     """All settings. RunConfig stands last so that a config.yaml begins with the data set."""
 
     script: ClassVar[str] = "rnn.py"
+    unsuited: ClassVar[tuple[str, ...]] = ("mps",)  # where a GRU's many small steps are slow
 
 
 def check_data(splits: Splits, config: Config) -> None:
@@ -374,7 +375,8 @@ class RowClassification(fn.Classification):
             self.model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=True,
+            # A fused step takes off float16's scale itself: too late for the gradient's norm.
+            fused=not (config.gradient_clip and config.precision == "fp16"),
         )
         if config.schedule == "one_cycle":  # after Smith & Topin 2019, along cosines
             steps = config.epochs * len(self.train_batches)
@@ -436,7 +438,8 @@ def train(
         return Trained(module, log.rows)
 
     log = EpochLog(folder / "metrics.csv")
-    checkpoint = fn.Checkpoints(folder / "checkpoints", log, best="validation_accuracy")
+    every = config.checkpoint_every
+    checkpoint = fn.Checkpoints(folder / "checkpoints", log, "validation_accuracy", every)
     trainer = fn.make_trainer(
         config.machine,
         config.seed,
@@ -491,7 +494,7 @@ def gradient_by_row(
     rows through all later steps: it vanishes where the cell forgets (Bengio, Simard & Frasconi
     1994). Pooling gives every row a way of its own.
     """
-    device = machine.device
+    device = "cpu" if machine.device == "mps" else machine.device  # untested there, in eval mode
     total = torch.zeros(images.shape[2])
     module.eval().to(device)
     for some_images, some_labels in Batches(images, labels, batch_size=500):

@@ -65,7 +65,7 @@ class Study(fn.RunConfig):
     train_fraction: float = 1.0
     """share of each class's other training images that trials see: less is cheaper, and compares
     them less surely"""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """float32, or bfloat16 autocast: faster for wide and deep networks, where the processor has
     it"""
 
@@ -115,6 +115,7 @@ class Config(Workers, Study, fn.RunConfig):
     """All settings. RunConfig stands last so that a config.yaml begins with the data set."""
 
     script: ClassVar[str] = "rnn_hyperparameter_tune.py"
+    unsuited: ClassVar[tuple[str, ...]] = rnn.Config.unsuited
 
 
 # ------------------------------------------------------------------------------------------------
@@ -376,8 +377,12 @@ def run_workers(study: optuna.Study, config: Config, url: str) -> None:
     print_what_is_left(study, config)
 
 
-def work(config: Config, threads: int) -> None:
-    """What each of --workers processes does: trials of the shared study, until it is complete."""
+def work(config: Config, threads: int, index: int) -> None:
+    """What each of --workers processes does: trials of the shared study, until it is complete.
+
+    Worker `index` computes on one of the machine's GPUs, in turn.
+    """
+    fn.take_gpu(index)
     threading.Thread(target=trials.end_with_parent, daemon=True).start()
     with fn.lasting_output():
         work_quietly(config, threads)

@@ -27,6 +27,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,10 +49,11 @@ from contrastive.evaluation import (  # noqa: F401
     draw,
     evaluate,
 )
+from contrastive.memory import bytes_of_a_step, memory_line
 from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_normalize
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
-from functions import Batches, ImageDataset, check, nt_xent_loss
+from functions import REDUCED, Batches, ImageDataset, check, nt_xent_loss
 
 # ------------------------------------------------------------------------------------------------
 # Section 3, Appendix A: data augmentation, t ~ T
@@ -135,6 +137,9 @@ class EncoderAndHead(fn.Settings):
     def validate(self) -> None:
         super().validate()
         self.require("hidden_dim embedding_dim", fn.at_least(1))
+        lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
+        remedy = "install triton (on Windows triton-windows), or leave it out"
+        check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -174,7 +179,15 @@ def build_encoder(
         encoder.maxpool = nn.Identity()
 
     use_small_maps(encoder)
-    return encoder.to(memory_format=torch.channels_last), feature_dim
+    return encoder.to(memory_format=layout("cpu")), feature_dim
+
+
+def layout(device: str) -> torch.memory_format:
+    """How feature maps lie in memory: each pixel's channels together, where that is fast.
+
+    On Apple's GPUs BatchNorm has computed wrong numbers in that layout (PyTorch issue 175189).
+    """
+    return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 class SimCLRModel(nn.Module):
@@ -296,6 +309,10 @@ class Config(EvaluationSettings, Optimisation, Views, EncoderAndHead, fn.RunConf
     """
 
     script: ClassVar[str] = "simCLR.py"
+    if_memory_runs_out: ClassVar[str] = (
+        "give --micro_batch_size (the same result in less memory), or take a smaller --batch_size, "
+        "--crop_size or --encoder"
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,7 +354,7 @@ class Pretraining(Monitored):
         last, _ = self.crop_sizes[-1]
         size = next((side for side, share in self.crop_sizes if done < share), last)
         views = two_views(images, self.config, size)  # (2N, 3, size, size), i and i + N a pair
-        views = self.normalize(views).contiguous(memory_format=torch.channels_last)
+        views = self.normalize(views).contiguous(memory_format=layout(self.device.type))
         return self.model(views)
 
     def gather(self, z: Tensor) -> Tensor:
@@ -461,7 +478,9 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     monitor = knn_monitor(data, config.seed)
     module = kind(model, data.pretraining_images, monitor, config)
     if config.compile:
-        model.compile(dynamic=False)  # a graph per crop size
+        # A graph for each crop size and micro-batch, with and without a gradient.
+        torch._dynamo.config.recompile_limit = 64
+        model.compile(dynamic=False)
 
     log = fn.EpochLog(folder / "metrics.csv", names={"knn": "k-NN"})
     validation: dict[str, Any] = {"check_val_every_n_epoch": config.knn_every}
@@ -473,7 +492,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         config.epochs,
         log,
         folder=folder,
-        checkpoint=fn.Checkpoints(folder / "checkpoints", log),
+        checkpoint=fn.Checkpoints(folder / "checkpoints", log, every=config.checkpoint_every),
         max_time=config.max_time,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -497,6 +516,16 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     return Pretrained(results, log.rows)
 
 
+def needed_bytes(module: Pretraining) -> int:
+    """What the largest step of a training will take of its device's memory."""
+    config, machine = module.config, module.config.machine
+    images = config.micro_batch_size or config.batch_size
+    own = module.batches.tensors[0].shape[-1]
+    side = max(side or own for side, _ in module.crop_sizes)
+    reduced = REDUCED.get(machine.precision)
+    return bytes_of_a_step(module.model, 2 * images, side, machine.device, reduced)
+
+
 def print_plan(module: Pretraining) -> None:
     """What pretraining will do, for people: crops, batches, learning rate."""
     config, n = module.config, module.config.effective_batch_size
@@ -514,7 +543,10 @@ def print_plan(module: Pretraining) -> None:
     steps = f"{len(module.batches)} steps an epoch"
     print(f"pretraining on {images}: batch {batch} ({2 * (n - 1):,} negatives per view), {steps}")
 
-    print(module.batches.where(torch.device(config.machine.device)))
+    device = torch.device(config.machine.device)
+    print(module.batches.where(device))
+    if device.type == "cuda":
+        print(memory_line(needed_bytes(module), fn.free_memory(device)))
     rate = f"{config.base_learning_rate:g} x {n}/256 = {actual_learning_rate(config):g}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
     print(f"{config.optimizer}, learning rate {rate}, {warmup}", flush=True)
@@ -558,6 +590,7 @@ def main(config: Config) -> None:
 
     torch.manual_seed(config.seed)
     encoder, feature_dim = build_encoder(config.encoder, config.stem, config.norm)
+    encoder.to(memory_format=layout(config.machine.device))
     untrained = copy.deepcopy(encoder)
     dims = feature_dim, config.hidden_dim, config.embedding_dim
     model = SimCLRModel(encoder, *dims, config.norm)

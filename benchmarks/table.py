@@ -162,6 +162,31 @@ def growth() -> str:
     return "\n".join(lines)
 
 
+def large_sets() -> str:
+    """A folder of a million images: what each kind of start measured, a line each."""
+    found = read("large_sets")
+    lines = [
+        f"{found['about']}, by `{found['command']}` ({found['processor']}, {found['threads']} "
+        f"threads): gathered one step ahead from the mapped file, training makes "
+        f"{found['ratio']:.3f} of the steps that it makes from memory.",
+        "",
+    ]
+    for kind, rows in found["found"].items():
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        words = (f"{name} {', '.join(map(str, values))}" for name, values in columns.items())
+        lines.append(f"- {kind}: {'; '.join(words)}")
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """What a step needs of a GPU's memory, in GiB."""
+    found = read("memory")
+    names = list(found["rows"][0])
+    lines = [f"| {' | '.join(names)} |", "| --- | --- " + "| ---: " * (len(names) - 2) + "|"]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in found["rows"]]
+    return "\n".join(lines)
+
+
 def full_table(name: str) -> str:
     """All that one benchmark measured, with the raw values."""
     found = read(name)
@@ -212,6 +237,14 @@ def everything() -> str:
         "## How cost grows\n",
         f"{seconds_and_memory}\n",
         f"{growth()}\n",
+        "## Sets larger than memory\n",
+        f"{large_sets()}\n",
+        "## Memory of a step\n",
+        "For 512 images a step, in GiB: weights, gradient, momentum, and what the forward pass\n"
+        "keeps for backward, counted by `python -m benchmarks.memory` on tensors without values.\n"
+        "What operations need for themselves comes on top. `--micro_batch_size` divides all but\n"
+        "the weights' part.\n",
+        f"{memory()}\n",
         "## Full tables\n",
         *(full_table(name) for name in NAMES),
     ]

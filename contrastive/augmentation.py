@@ -201,9 +201,11 @@ def gaussian_blur(x: Tensor, p: float) -> Tensor:
     x = nn.functional.pad(x, [radius] * 4, mode="reflect")
     for axis in (2, 3):  # a Gaussian is separable: down the columns, then along the rows
         length = x.shape[axis] - 2 * radius
-        taps = [weight.view(-1, 1, 1, 1) for weight in kernel.unbind(1)]
-        parts = [tap * x.narrow(axis, i, length) for i, tap in enumerate(taps)]
-        x = torch.stack(parts).sum(0)
+        first, *taps = (weight.view(-1, 1, 1, 1) for weight in kernel.unbind(1))
+        total = first * x.narrow(axis, 0, length)
+        for i, tap in enumerate(taps, 1):  # added up in place: one copy, however wide the kernel
+            total.addcmul_(x.narrow(axis, i, length), tap)
+        x = total
     return x
 
 

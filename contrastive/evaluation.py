@@ -306,7 +306,7 @@ def measure(
     """
     outcome = Measured()
     if "knn" in settings.stages_list:
-        outcome.knn = knn_accuracy(features, settings.knn_k, settings.knn_temperature)
+        outcome.knn = knn_accuracy(features, settings)
     if "probe" in settings.stages_list:
         outcome.probe = probe(features, settings, classifier)
     if settings.measures:
@@ -314,11 +314,19 @@ def measure(
     return outcome
 
 
-def knn_accuracy(features: Features, k: int, temperature: float) -> float:
-    """The share of test images that their nearest training images classify rightly."""
-    labels, num_classes = features.train_labels, len(features.classes)
-    predicted = fn.knn_predict(features.test, features.train, labels, num_classes, k, temperature)
-    return fn.accuracy(predicted, features.test_labels)
+def knn_accuracy(features: Features, settings: EvaluationSettings, k: int | None = None) -> float:
+    """The share of test images that their nearest training images classify rightly.
+
+    k: --knn_k unless given.
+    """
+    # Of raw pixels it is teraflops: where the encoder ran, this runs too.
+    bank, labels, queries = (
+        part.to(settings.machine.device)
+        for part in (features.train, features.train_labels, features.test)
+    )
+    k, temperature = k or settings.knn_k, settings.knn_temperature
+    predicted = fn.knn_predict(queries, bank, labels, len(features.classes), k, temperature)
+    return fn.accuracy(predicted.cpu(), features.test_labels)
 
 
 def probe(
@@ -355,7 +363,7 @@ def measure_few_labels(features: Features, settings: EvaluationSettings) -> list
             chosen = fn.per_class_subset(features.train_labels, count, seed)
             part = features.labelled(chosen)
             k = min(settings.knn_k, count)
-            few.knn_accuracies.append(knn_accuracy(part, k, settings.knn_temperature))
+            few.knn_accuracies.append(knn_accuracy(part, settings, k))
             few.probe_accuracies.append(probe(part, optimum).test_accuracy)
         found.append(few)
     return found

@@ -110,8 +110,9 @@ class Batches:
         on_gpu = self.device.type == "cuda"
 
         def gather(part: slice | Tensor) -> tuple[Tensor, ...]:
+            batch = tuple(rows_alone(tensor, part) for tensor in self.tensors)
             # Pinned memory alone is copied to a GPU while the GPU computes.
-            return tuple(t.pin_memory() if on_gpu else t for t in self.take(part))
+            return tuple(t.pin_memory() for t in batch) if on_gpu else batch
 
         with ThreadPoolExecutor(1) as thread:
             parts = self.parts()
@@ -157,6 +158,18 @@ def rows(tensor: Tensor | Subset, part: slice | Tensor) -> Tensor:
     if isinstance(tensor, Tensor) and isinstance(part, Tensor):
         return tensor.index_select(0, part)
     return tensor[part]
+
+
+def rows_alone(tensor: Tensor | Subset, part: slice | Tensor) -> Tensor:
+    """The same rows, gathered by one thread.
+
+    PyTorch would wake threads of its own for it, which take the cores from those that train.
+    """
+    if isinstance(tensor, Subset):
+        return rows_alone(tensor.images, tensor.chosen[part])
+    if isinstance(part, slice):
+        return tensor[part]
+    return torch.from_numpy(tensor.numpy().take(part.numpy(), axis=0))
 
 
 class EpochSeed(Callback):

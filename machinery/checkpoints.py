@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from machinery.errors import UserError, check
-from machinery.files import save_torch
+from machinery.files import replace, save_torch
 
 
 class SafeCheckpoints(TorchCheckpointIO):
@@ -26,8 +25,8 @@ class SafeCheckpoints(TorchCheckpointIO):
         fresh = path.with_name("fresh.ckpt")
         save_torch(fresh, checkpoint)
         if path.is_file():
-            os.replace(path, previous(path))
-        os.replace(fresh, path)
+            replace(path, previous(path))
+        replace(fresh, path)
 
 
 def previous(checkpoint: Path) -> Path:

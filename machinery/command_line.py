@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
@@ -26,6 +29,7 @@ from machinery.durations import parse_duration
 from machinery.errors import TimeIsUp, UserError, check, is_out_of_memory
 from machinery.files import check_output_dir, write_atomically
 from machinery.output import lasting_output
+from machinery.processes import interrupt, release
 
 # ------------------------------------------------------------------------------------------------
 # Settings: what a script can be told
@@ -116,9 +120,13 @@ class RunConfig(DataSettings):
     of_the_session: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "max_time", "timeout")
     """flags that say nothing about a run's outcome: not kept in its config.yaml, and free to
     change when it is resumed"""
-    of_the_place: ClassVar[tuple[str, ...]] = ("dataset", "data_dir")
-    """flags that a resumed run may change because its data have moved; whether they are the same
-    data, their fingerprint tells"""
+    unsuited: ClassVar[tuple[str, ...]] = ()
+    """devices that --accelerator auto passes over"""
+    if_memory_runs_out: ClassVar[str] = "take smaller batches, smaller images, or a smaller network"
+    """the advice then"""
+    free_on_resume: ClassVar[tuple[str, ...]] = ("dataset", "data_dir")
+    """flags that a resumed run may change: its data may have moved, and whether they are the same
+    their fingerprint tells"""
 
     output_dir: str | None = None
     """folder for this run's results; unless given, a new one named after script, data set and
@@ -129,21 +137,22 @@ class RunConfig(DataSettings):
     """decides initial weights, splits, order, augmentation and dropout"""
     accelerator: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to compute; auto takes a CUDA GPU, else Apple's, else the CPU"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """float32, or bfloat16 autocast; auto takes bfloat16 where the processor computes it fast"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """float32, or autocast to bfloat16, or (on CUDA) to float16; auto takes bfloat16 where the
+    processor computes it fast"""
 
     def validate(self) -> None:
         super().validate()
         self.require("output_dir resume", UTF_8)
         check(0 <= self.seed < 2**32, f"--seed must be between 0 and 2^32 - 1, got {self.seed}")
-        resolve_device(self.accelerator)
+        _ = self.machine
         if self.output_dir is not None and self.resume is None and is_first_process(self):
             check_output_dir(Path(self.output_dir))
 
     @property
     def machine(self) -> Machine:
         """Where to compute, and in which precision. Raises UserError for a missing device."""
-        device = resolve_device(self.accelerator)
+        device = resolve_device(self.accelerator, self.unsuited)
         return Machine(device, resolve_precision(self.precision, device))
 
     @property
@@ -164,12 +173,17 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 class LongRun(RunConfig):
     """For a training that may need more than one session."""
 
+    free_on_resume = (*RunConfig.free_on_resume, "checkpoint_every")
+
+    checkpoint_every: float = 30.0
+    """seconds between checkpoints, each after the epoch in which they are over"""
     max_time: str | None = None
     """end training after the last epoch that fits into DD:HH:MM:SS (one at least), to go on with
     --resume"""
 
     def validate(self) -> None:
         super().validate()
+        self.require("checkpoint_every", NOT_NEGATIVE)
         if self.max_time is not None:
             parse_duration(self.max_time)
 
@@ -190,7 +204,7 @@ class SeveralDevices(LongRun):
     def validate(self) -> None:
         super().validate()
         self.require("devices num_nodes", at_least(1))
-        device = resolve_device(self.accelerator)
+        device = self.machine.device
         processors = os.cpu_count() or 1
         here = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processors}[device]
         has = f"this machine has {here} for --accelerator {device}"
@@ -395,7 +409,7 @@ def resumed(
 
     # A second time, with today's words over the saved ones, to see which of them differ.
     given = parser.parse_args([f"--config={text}", *words])
-    free = ("config", *config_class.of_the_session, *config_class.of_the_place)
+    free = ("config", *config_class.of_the_session, *config_class.free_on_resume)
     changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
     may_grow = build(config_class, saved).may_grow
     refused = [key for key in changed if key not in may_grow or given[key] < saved[key]]
@@ -494,9 +508,22 @@ def command_line(
 
     User errors and Ctrl-C end in one line on stderr, without a traceback.
     """
-    with lasting_output():
+    with lasting_output(), terminated_as_interrupted():
         status = run_program(main, config_class, description)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within this block, SIGTERM (of timeout, docker stop or scancel) ends it as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_program(
@@ -512,15 +539,16 @@ def run_program(
         elif not is_first_process(config):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the whole process
         main(config)
+        release()
     except (UserError, OSError) as error:  # an OSError names its file, one without access, say
         return failed(script, f"error: {' '.join(str(error).split())}", status=2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "take smaller batches, smaller images, or a smaller network"
-        return failed(script, f"error: out of memory: {remedy}", status=2)
+        return failed(script, f"error: out of memory: {config_class.if_memory_runs_out}", status=2)
     except TimeIsUp as time_is_up:
         print(f"--max_time is over; {time_is_up}")
+        release()
     except KeyboardInterrupt as interrupt:
         print(file=sys.stderr)  # after the ^C that the terminal shows
         how = interrupt.args[0] if interrupt.args else "nothing new was saved yet"
@@ -531,4 +559,8 @@ def run_program(
 def failed(script: str, message: str, status: int) -> int:
     """Say in one line on stderr why the program ends; returns its exit status."""
     print(f"{script}: {message}", file=sys.stderr)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Python's own way out would wait for processes that may be gone.
+        sys.stderr.flush()
+        os._exit(status)
     return status

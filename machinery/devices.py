@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
+import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from machinery.errors import UserError, check
+
+Precision = Literal["fp32", "bf16", "fp16"]
+REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 
 
 @dataclass(frozen=True)
@@ -21,45 +28,117 @@ class Machine:
     """Where a run computes (cuda, mps or cpu), and in which precision."""
 
     device: str
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
 
     def __str__(self) -> str:
         return f"{self.device}, {self.precision}, {torch.get_num_threads()} threads"
 
+    def autocast(self) -> torch.autocast:
+        """A context in which products are computed in the machine's precision."""
+        reduced = REDUCED.get(self.precision)
+        return torch.autocast(self.device, reduced, enabled=reduced is not None)
 
-def resolve_device(accelerator: str) -> str:
-    """'cuda', 'mps' or 'cpu'. Raises UserError for an accelerator that this machine lacks."""
+
+def resolve_device(accelerator: str, unsuited: tuple[str, ...] = ()) -> str:
+    """'cuda', 'mps' or 'cpu'. Raises UserError for an accelerator that this machine lacks.
+
+    auto passes over what is `unsuited`, and says, once, why it does not take an NVIDIA GPU that
+    seems to be there.
+    """
+    problem = cuda_problem()
     here = {
-        "cuda": torch.cuda.is_available(),
+        "cuda": torch.cuda.is_available() and problem is None,
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if accelerator == "auto":
-        return next(device for device, present in here.items() if present)
+        if problem is not None:
+            note(problem)
+        return next(name for name, present in here.items() if present and name not in unsuited)
 
+    if accelerator == "cuda" and problem is not None:
+        raise UserError(f"--accelerator cuda: {problem}")
     remedy = "PyTorch finds none here; leave it out, or take cpu"
     check(here[accelerator], f"--accelerator {accelerator}: {remedy}")
     return accelerator
 
 
-def resolve_precision(precision: str, device: str) -> Literal["fp32", "bf16"]:
-    """'fp32' or 'bf16'.
+def cuda_problem() -> str | None:
+    """Why an NVIDIA GPU that is there cannot be used, with the remedy; None if nothing is wrong."""
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") is None:
+            return None
+        built = torch.version.cuda or "no CUDA at all"
+        problem = f"there is an NVIDIA driver, but PyTorch finds no GPU (it is built for {built})"
+        return f"{problem}: update the driver, or install PyTorch's build for its CUDA version"
 
-    auto takes bfloat16 where it is fast: on CUDA GPUs since Ampere, and on CPUs with AMX.
+    major, minor = torch.cuda.get_device_capability()
+    kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch) for arch in cuda_architectures()]
+    for kernel in kernels:
+        if kernel is None:
+            continue
+        kind, theirs = kernel[1], (int(kernel[2]), int(kernel[3]))
+        # Machine code runs on its own generation, and PTX ("compute") on any later one.
+        same = theirs[0] == major and theirs[1] <= minor
+        if same or (kind == "compute" and theirs <= (major, minor)):
+            return None
+    if not kernels:
+        return None
+    built = ", ".join(cuda_architectures())
+    problem = (
+        f"this GPU's architecture sm_{major}{minor} is none that PyTorch is built for ({built})"
+    )
+    return f"{problem}: install a PyTorch build for an older CUDA, or take --accelerator cpu"
+
+
+def cuda_architectures() -> list[str]:
+    """What PyTorch has kernels for."""
+    return torch.cuda.get_arch_list()
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Say something on stderr, once."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def resolve_precision(precision: str, device: str) -> Precision:
+    """'fp32', 'bf16' or 'fp16'.
+
+    auto takes bfloat16 where it is fast: on CUDA GPUs since Ampere, and on CPUs with AMX. Raises
+    UserError where the device cannot compute in what was asked for.
     """
-    if precision != "auto":
-        return "bf16" if precision == "bf16" else "fp32"
-    if device == "cuda":
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
-    return "bf16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+    has_bf16 = device != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+    if precision == "auto":
+        fast = has_bf16 if device == "cuda" else torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast and device != "mps" else "fp32"
+
+    older = "this GPU is older than Ampere and has none: take fp16 or fp32"
+    check(precision != "bf16" or has_bf16, f"--precision bf16: {older}")
+    scaled = "its gradients are scaled as for CUDA GPUs alone: take bf16 or fp32"
+    check(precision != "fp16" or device == "cuda", f"--precision fp16: {scaled}")
+    return cast(Precision, precision)
+
+
+def take_gpu(index: int) -> None:
+    """Let this process see one GPU alone: of those that are there, number `index`, in turn.
+
+    To be called before CUDA is used.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
 
 
 def prepare_device(machine: Machine) -> None:
     """Settings of the whole process that make its device fast."""
     if machine.device == "cuda":
         # A run in bfloat16 computes its remaining float32 products (augmentation, NT-Xent) as TF32.
-        reduced = machine.precision == "bf16"
+        # In float32 all is float32, which PyTorch's own default for convolutions is not.
+        reduced = machine.precision in REDUCED
         torch.set_float32_matmul_precision("high" if reduced else "highest")
+        torch.backends.cudnn.allow_tf32 = reduced
 
     if machine.device == "cpu":
         # Lightning asks NVML whether there is a GPU; where there is none, every step of the
@@ -72,6 +151,22 @@ def prepare_device(machine: Machine) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def gpu_record() -> dict[str, Any] | None:
+    """What results.json says of the GPU; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_mib": properties.total_memory // 2**20,
+        "peak_mib": torch.cuda.max_memory_allocated() // 2**20,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32": torch.backends.cudnn.allow_tf32,
+    }
 
 
 def free_memory(device: torch.device) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        replace(aside, path)
 
     except OSError as error:  # it does not name the file when the disk is full
         problem = f"{path} could not be written ({error.strerror})"
@@ -58,6 +59,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     finally:
         aside.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, tried for two seconds: Windows refuses while another process reads the file."""
+    for attempt in range(20):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if attempt == 19:
+                raise
+            time.sleep(0.1)
 
 
 def save_torch(path: Path, value: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
-from machinery.devices import started_together
+from machinery.devices import gpu_record, started_together
 from machinery.errors import CannotWrite, TimeIsUp, UserError, check
 from machinery.files import check_output_dir, locked, write_atomically
 
@@ -51,7 +51,8 @@ class Run:
             return False
         before = load_config(type(self.config), self.folder / "config.yaml")
         # Compared as settings, not as text: an older file may lack what is newer.
-        before = replace(before, data_dir=self.config.data_dir)
+        free = set(self.config.free_on_resume) - {"dataset"}
+        before = replace(before, **{name: getattr(self.config, name) for name in free})
         if as_yaml(before) != as_yaml(self.config):
             return False
         print(f"{self.folder} is finished: its results are in {self.folder}/results.json")
@@ -144,6 +145,7 @@ class Run:
             "seed": self.config.seed,
             "device": torch.cuda.get_device_name() if on_cuda else machine.device,
             "precision": machine.precision,
+            **({"gpu": gpu_record()} if on_cuda else {}),
             "threads": torch.get_num_threads(),
             "versions": {
                 "python": sys.version.split()[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -15,16 +16,28 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from machinery.batches import EpochSeed
 from machinery.checkpoints import SafeCheckpoints, newest_sound
 from machinery.devices import Machine, prepare_device
 from machinery.durations import format_time, parse_duration
-from machinery.errors import Diverged, TimeIsUp, UserError
-from machinery.files import write_csv
+from machinery.errors import Diverged, TimeIsUp, UserError, is_out_of_memory
+from machinery.files import save_torch, write_csv
+from machinery.processes import (
+    TIMEOUT,
+    EndTogether,
+    end_now,
+    end_with_parent,
+    first_line,
+    leave_or_wait,
+    lost,
+    rank,
+)
 
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 STARTED = time.monotonic()  # when the program did, all but Python and PyTorch themselves
 
 # ------------------------------------------------------------------------------------------------
@@ -33,16 +46,23 @@ STARTED = time.monotonic()  # when the program did, all but Python and PyTorch t
 
 
 class Checkpoints(Checkpoint):
-    """Saves last.ckpt after every epoch, and best.ckpt when the `best` metric reaches a new high.
+    """Saves last.ckpt, and best.ckpt with the weights of the epoch whose `best` metric was highest.
+
+    After the epoch in which `every` seconds are over since the last time, and after the last epoch:
+    a GPU may need two seconds for an epoch, and a disk as long for its checkpoint.
 
     What was best is read from the log, whose rows travel in last.ckpt, as do the best weights. So
     a resumed run knows its best epoch and has its weights, whatever became of best.ckpt.
     """
 
-    def __init__(self, folder: Path, log: EpochLog, best: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, log: EpochLog, best: str | None = None, every: float = 0.0
+    ) -> None:
         self.folder = folder
         self.epoch_log = log
         self.best = best
+        self.every = every
+        self.saved_at = time.monotonic()
         self.best_weights: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,10 +79,16 @@ class Checkpoints(Checkpoint):
             if all(newest > value for value in earlier):
                 state = pl_module.state_dict()
                 self.best_weights = {name: value.cpu().clone() for name, value in state.items()}
-                trainer.save_checkpoint(self.folder / "best.ckpt")
 
-        # After best.ckpt: a run that is killed between the two does this epoch again.
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        due = is_last or time.monotonic() - self.saved_at >= self.every
+        if trainer.strategy.broadcast(due):  # the first process decides for all
+            if self.best_weights is not None and trainer.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_torch(self.folder / "best.ckpt", {"state_dict": self.best_weights})
+            # After best.ckpt: a run that is killed between the two does this epoch again.
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self.saved_at = time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,6 +161,8 @@ class EpochLog(Callback):
             "images_per_second": round(images / (self.training_end - self.start), 1),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
+        if trainer.strategy.root_device.type == "cuda":
+            row["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["epoch"]))
@@ -210,9 +238,10 @@ class FiniteLoss(Callback):
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or loss.device.type == "cpu" or len(self.unchecked) == 50:
             unchecked, self.unchecked = self.unchecked, []
-            for step, rate, value in unchecked:
-                if not math.isfinite(value):
-                    self.end(trainer, step, rate)
+            finite = torch.stack([loss for *_, loss in unchecked]).isfinite()
+            if not finite.all():
+                step, rate, _ = unchecked[finite.tolist().index(False)]
+                self.end(trainer, step, rate)
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -297,25 +326,23 @@ def make_trainer(
     # In this order, as Lightning calls them: a loss that is not finite never reaches the log; the
     # log writes an epoch's row; the time limit and the checkpoint read that row.
     finite = FiniteLoss(rate, checkpoint.folder / "last.ckpt" if checkpoint else None)
+    together = [EndTogether()] if several else []
     after_the_log = [TimeLimit(max_time, log), *([checkpoint] if checkpoint else [])]
 
-    if several and folder:
-        # Lightning starts the other processes with sys.argv: they are to join this run.
-        sys.argv[1:] = ["--resume", str(folder)]
-
-    # A training on one device is one, also inside a SLURM job or under torchrun.
-    alone = [] if several else [LightningEnvironment()]
+    on_gpus = several and machine.device == "cuda"
     return lightning.Trainer(
         accelerator=machine.device,
         devices=devices,
         num_nodes=num_nodes,
-        strategy="ddp" if several else "auto",
-        sync_batchnorm=several and machine.device == "cuda",
+        strategy=several_processes(folder, on_gpus) if several else "auto",
+        sync_batchnorm=on_gpus,
         use_distributed_sampler=False,  # Batches knows each rank's share
-        precision="bf16-mixed" if machine.precision == "bf16" else "32-true",
+        precision=PRECISIONS[machine.precision],
         max_epochs=epochs,
-        callbacks=[EpochSeed(seed), *callbacks, *bar, finite, log, *after_the_log],
-        plugins=[SafeCheckpoints(), *alone],
+        callbacks=[EpochSeed(seed), *together, *callbacks, *bar, finite, log, *after_the_log],
+        plugins=[SafeCheckpoints(), *environment(several)],
+        # Where Lightning looks for a job's checkpoints: others' may lie in the current folder.
+        default_root_dir=folder or os.devnull,
         logger=TensorBoardLogger(folder, name="", version="tensorboard") if folder else False,
         enable_checkpointing=checkpoint is not None,
         enable_progress_bar=on_terminal,
@@ -324,6 +351,28 @@ def make_trainer(
         log_every_n_steps=1,
         **options,
     )
+
+
+def several_processes(folder: Path | None, on_gpus: bool) -> DDPStrategy:
+    """How processes train together, and that they begin and end together."""
+    if folder:
+        # Lightning starts the other processes with sys.argv: they are to join this run.
+        sys.argv[1:] = ["--resume", str(folder)]
+    if rank() != 0:
+        end_with_parent()
+    # SyncBatchNorm keeps the statistics of all GPUs equal by itself.
+    return DDPStrategy(timeout=TIMEOUT, broadcast_buffers=not on_gpus)
+
+
+def environment(several: bool) -> list[Any]:
+    """What Lightning is to think of where it runs.
+
+    A training on one device is one, also inside a SLURM job or under torchrun. In a job of several
+    tasks Lightning is not to requeue it: whoever sent the job resumes it.
+    """
+    if not several:
+        return [LightningEnvironment()]
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def quiet_libraries() -> None:
@@ -344,28 +393,21 @@ def fit(
     UserError when it diverged or another process of it was lost.
     """
     start_from = newest_sound(checkpoint) if checkpoint else None
+    several, threads = trainer.world_size > 1, torch.get_num_threads()
     try:
         trainer.fit(module, ckpt_path=start_from, weights_only=True)
-    except SystemExit:
-        if trainer.interrupted and trainer.is_global_zero:
+    except BaseException as error:
+        if several and not trainer.is_global_zero:
+            end_now(error)
+        if isinstance(error, SystemExit) and trainer.interrupted:
             raise KeyboardInterrupt from None
+        if several and lost(error) and not is_out_of_memory(error):
+            problem = "another process of this training was lost or cannot be reached"
+            raise UserError(f"{problem} ({first_line(error)}): go on with --resume") from None
         raise
-    except UserError:
-        if not trainer.is_global_zero:
-            sys.exit(2)  # the first process says why
-        raise
-    except RuntimeError as error:
-        lost = "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
-        if not (trainer.world_size > 1 and torch.distributed.is_initialized() and lost):
-            raise
-        if not trainer.is_global_zero:
-            sys.exit(2)
-        problem = "another process of this training was lost"
-        raise UserError(f"{problem}: go on with --resume") from None
 
-    if trainer.world_size > 1:
-        torch.distributed.destroy_process_group()  # what follows is the first process's alone
-    if not trainer.is_global_zero:
-        sys.exit(0)
+    if several:
+        leave_or_wait()  # what follows is the first process's alone
+        torch.set_num_threads(threads)  # Lightning had given each process its share
     if trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
         raise TimeIsUp

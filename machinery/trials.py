@@ -296,13 +296,16 @@ def run_workers(
     listener: Listener,
     workers: int,
 ) -> list[int]:
-    """Run `work(*arguments)` in `workers` processes, until all of them have ended.
+    """Run `work(*arguments, index)` in `workers` processes, until all of them have ended.
 
     `listener` hears of each trial that ends. Returns the exit statuses of those that were lost.
     """
     shown = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
     context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
+    started = [
+        context.Process(target=work, args=(*arguments, index), daemon=True)
+        for index in range(workers)
+    ]
 
     # The terminal sends Ctrl-C to all of them. Workers inherit that they ignore it, so that this
     # process alone decides when they end.

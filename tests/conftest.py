@@ -28,6 +28,12 @@ command_line.make_parser = functools.cache(command_line.make_parser)
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_configure(config):
+    """What these tests say holds on the CPU: a GPU is seen by the tests marked `gpu` alone."""
+    if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """DIR/train/<class>/*.png and DIR/test/<class>/*.png: 8 x 8 images of three colours."""

@@ -109,6 +109,8 @@ def test_two_nodes_started_by_torchrun_are_one_with_twice_the_batch(whole_batch,
     texts = [node.communicate(timeout=120) for node in nodes]
 
     assert [node.returncode for node in nodes] == [0, 0], texts
+    # The second waits for what the first does alone: torchrun's agents expect a common end.
+    assert "results in" in "".join(out for out, _ in texts)
     assert sum("epoch 1/1" in out for out, _ in texts) == 1
     assert "batch 720 = 360 x 1 devices x 2 nodes" in "".join(out for out, _ in texts)
     assert loss(tmp_path / "out") == pytest.approx(loss(whole_batch), rel=1e-6)
@@ -173,7 +175,7 @@ def runs(pid):
 TWO = [
     *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet"],
     *["--accelerator", "cpu", "--precision", "fp32", "--batch_size", 128, "--devices", 2],
-    *["--output_dir", "out"],
+    *["--checkpoint_every", 0, "--output_dir", "out"],
 ]
 
 
@@ -186,37 +188,68 @@ def undisturbed(run, tmp_path_factory):
     return folder / "out"
 
 
+def start_two(cwd, program=ROOT / "simCLR.py", flags=TWO, wait_for="epoch 2/6"):
+    """Start a training of two processes. Returns the first, and the second's number."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"env": environment, "start_new_session": True, **pipes}
+    first = subprocess.Popen(command, cwd=cwd, **options)
+    for line in first.stdout:
+        if line.startswith(wait_for):
+            break
+
+    second = None
+    while second is None and first.poll() is None:
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        ours = [pid for pid, words in commands.items() if Path(program).name in words]
+        second = next(iter(ours), None)
+        time.sleep(0.1)
+    return first, second
+
+
+def wait_for_end(first, second, seconds):
+    """Wait until both are gone, for so many seconds at most. Returns the first one's stderr."""
+    begin = time.monotonic()
+    try:
+        _, error = first.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(first.pid, signal.SIGKILL)
+        pytest.fail("the first process goes on alone")
+    while runs(second):
+        if time.monotonic() - begin > seconds:
+            os.kill(second, signal.SIGKILL)
+            pytest.fail("the second process goes on alone")
+        time.sleep(0.1)
+    return error
+
+
+two_cores = pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+VICTIMS = {"first": [0], "second": [1], "both": [0, 1]}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
-@pytest.mark.parametrize("victim", ["first", "second"])
-def test_a_killed_process_ends_the_run_which_goes_on_later(victim, undisturbed, run, tmp_path):
-    """It ends within a minute, whichever of the two was killed.
+@two_cores
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "terminated"])
+def test_the_end_of_a_process_ends_the_run_which_goes_on_later(
+    how, victim, undisturbed, run, tmp_path
+):
+    """It ends within 15 seconds, whichever of the two was ended, by force or by request.
 
     Once resumed, it ends with the same bits as an undisturbed run.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "simCLR.py"), *map(str, TWO)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options = {"env": environment, "start_new_session": True, **pipes}
-    first = subprocess.Popen(command, cwd=tmp_path, **options)
+    first, second = start_two(tmp_path)  # the first epoch's checkpoint is certainly there
+    for i in VICTIMS[victim]:
+        os.kill((first.pid, second)[i], how)
+    error = wait_for_end(first, second, 15)
 
-    for line in first.stdout:
-        if line.startswith("epoch 2/6"):
-            break  # now the first epoch's checkpoint is certainly there
-
-    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
-    (second,) = [pid for pid, words in commands.items() if "simCLR.py" in words]
-
-    begin = time.monotonic()
-    os.kill(first.pid if victim == "first" else second, signal.SIGKILL)
-    _, error = first.communicate(timeout=60)
-    while runs(second):
-        assert time.monotonic() - begin < 60, "the second process goes on alone"
-        time.sleep(0.1)
-
-    assert first.returncode != 0
-    if victim == "second" and first.returncode > 0:  # otherwise Lightning noticed and killed it
+    if how == signal.SIGTERM and victim != "second":
+        assert first.returncode == 130
+        assert error.splitlines()[-1].startswith("simCLR.py: interrupted; continue with: python")
+    elif victim == "second" and first.returncode > 0:  # else Lightning noticed, and killed it
+        assert first.returncode == 2
         message = "simCLR.py: error: another process of this training was lost"
         assert error.splitlines()[-1].startswith(message)
 
@@ -225,6 +258,57 @@ def test_a_killed_process_ends_the_run_which_goes_on_later(victim, undisturbed, 
     assert "epoch 1/6" not in resumed.stdout
     assert "epoch 6/6" in resumed.stdout
     assert_same_bits(tmp_path / "out", undisturbed)
+
+
+PATCHED = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import torch, functions as fn, simCLR
+
+def patched_step(self, batch, batch_idx):
+    if self.global_step == 3 and self.global_rank == 1:
+        {second}
+    return step(self, batch, batch_idx)
+
+step, simCLR.Pretraining.training_step = simCLR.Pretraining.training_step, patched_step
+{more}
+fn.command_line(simCLR.main, simCLR.Config, simCLR.__doc__)
+"""
+STUCK = "torch.distributed.destroy_process_group = lambda *_: time.sleep(600)"
+
+
+@pytest.mark.slow
+@two_cores
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("raise ValueError('of the program')", "ValueError: of the program"),
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", "process 1 ran out of memory"),
+    ],
+)
+def test_an_error_of_one_process_ends_all_even_where_their_group_does_not_close(
+    second, said, tmp_path
+):
+    """As under NCCL, whose group waits for the others as it is closed."""
+    program = tmp_path / "patched.py"
+    program.write_text(PATCHED.format(root=str(ROOT), second=second, more=STUCK))
+    first, other = start_two(tmp_path, program, wait_for="sgd")
+    error = wait_for_end(first, other, 40)  # it starts, trains three steps, and ends
+    assert first.returncode != 0
+    assert said in error
+
+
+@pytest.mark.slow
+@two_cores
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    """Also while it computes something that no other process waits for."""
+    program = tmp_path / "patched.py"
+    program.write_text(PATCHED.format(root=str(ROOT), second="time.sleep(600)", more=""))
+    first, second = start_two(tmp_path, program, wait_for="sgd")
+    time.sleep(15)  # by now it sleeps
+    assert runs(second)
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for_end(first, second, 15)
 
 
 # ------------------------------------------------------------------------------------------------

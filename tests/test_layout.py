@@ -28,9 +28,14 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "machinery/output.py": set(),
     "machinery/batches.py": {"devices"},
     "machinery/checkpoints.py": {"errors", "files"},
-    "machinery/command_line.py": {"errors", "files", "devices", "durations", "output"},
+    "machinery/processes.py": {"errors"},
+    "machinery/command_line.py": {
+        *("errors", "files", "devices", "durations", "output", "processes"),
+    },
     "machinery/run_folder.py": {"errors", "files", "devices", "command_line", "checkpoints"},
-    "machinery/training.py": {"errors", "files", "devices", "durations", "batches", "checkpoints"},
+    "machinery/training.py": {
+        *("errors", "files", "devices", "durations", "batches", "checkpoints", "processes"),
+    },
     "machinery/trials.py": {"errors"},
     "images/folders.py": set(),
     "images/decoding.py": {"folders"},
@@ -39,6 +44,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/small_maps.py": set(),
     "contrastive/signals.py": set(),
     "contrastive/figures.py": set(),
+    "contrastive/memory.py": set(),
     "contrastive/pretrained.py": set(),
     "contrastive/evaluation.py": {"figures", "pretrained"},
 }

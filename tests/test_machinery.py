@@ -528,13 +528,15 @@ def test_a_device_that_is_not_there_is_refused():
 )
 def test_auto_takes_cuda_else_mps_else_the_cpu(cuda, mps, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(devices, "cuda_problem", lambda: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert devices.resolve_device("auto") == device
     assert devices.resolve_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
-def test_a_given_precision_is_taken_everywhere(device):
+def test_a_given_precision_is_taken_everywhere(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert devices.resolve_precision("fp32", device) == "fp32"
     assert devices.resolve_precision("bf16", device) == "bf16"
 
@@ -799,13 +801,13 @@ def test_the_next_batch_is_gathered_while_one_is_computed_with(monkeypatch):
     batches = fn.Batches(torch.arange(12), batch_size=3).to(torch.device("cpu"))
     taken, both = [], threading.Event()
 
-    def take(part):
+    def rows_alone(tensor, part):
         taken.append((part.start, threading.current_thread()))
         if len(taken) == 2:
             both.set()
-        return (torch.arange(12)[part],)
+        return tensor[part]
 
-    batches.take = take
+    monkeypatch.setattr(machinery.batches, "rows_alone", rows_alone)
     found = iter(batches)
     assert next(found)[0].tolist() == [0, 1, 2]
     assert both.wait(10)  # without the second being asked for

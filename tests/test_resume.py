@@ -26,12 +26,12 @@ from machinery import checkpoints, files, training, trials
 SHORT = {
     "simCLR.py": [
         *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64],
-        *["--accelerator", "cpu", "--precision", "fp32"],
+        *["--accelerator", "cpu", "--precision", "fp32", "--checkpoint_every", 0],
         *["--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
     ],
     "rnn.py": [
         *["--epochs", 12, "--image_size", 8, "--batch_size", 8],
-        *["--cell", "all", "--learning_rate", 0.01],
+        *["--cell", "all", "--learning_rate", 0.01, "--checkpoint_every", 0],
     ],
     "rnn_hyperparameter_tune.py": ["--epochs", 2, "--image_size", 8, "--n_trials", 13],
 }
@@ -181,7 +181,7 @@ def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_fo
 # Going on
 # ------------------------------------------------------------------------------------------------
 
-TINY = ["--image_size", 8, "--batch_size", 32]
+TINY = ["--image_size", 8, "--batch_size", 32, "--checkpoint_every", 0]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import nn
 
 import functions as fn
 import rnn
+from machinery import training
 
 
 def tiny_splits(n: int = 40, seed: int = 0) -> rnn.Splits:
@@ -403,6 +404,18 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path, changes):
     assert len(rates) > 1, "the schedule was not exercised"
 
 
+def stub_trainer(saved, best, epochs=100):
+    """What Checkpoints asks of a trainer; `saved` hears of last.ckpt and best.ckpt."""
+
+    def save_checkpoint(path):
+        saved.append((path.name, torch.load(best)["state_dict"]["weight"].clone()))
+
+    strategy = SimpleNamespace(broadcast=lambda value: value)
+    options = {"should_stop": False, "current_epoch": 0, "max_epochs": epochs}
+    options |= {"is_global_zero": True, "strategy": strategy}
+    return SimpleNamespace(save_checkpoint=save_checkpoint, **options)
+
+
 def test_the_best_epoch_is_kept_before_the_last(tmp_path):
     """A run killed between the two repeats the epoch.
 
@@ -410,17 +423,49 @@ def test_the_best_epoch_is_kept_before_the_last(tmp_path):
     """
     log, saved, module = fn.EpochLog(), [], nn.Linear(1, 1)
     log.rows = [{"validation_accuracy": 0.1}, {"validation_accuracy": 0.2}]
-    trainer = SimpleNamespace(save_checkpoint=lambda path: saved.append(path.name))
+    trainer = stub_trainer(saved, tmp_path / "best.ckpt")
     checkpoints = fn.Checkpoints(tmp_path, log, best="validation_accuracy")
     checkpoints.on_train_epoch_end(trainer, module)
-    assert saved == ["best.ckpt", "last.ckpt"]
-
     best = module.weight.detach().clone()
+    assert saved == [("last.ckpt", best)]
+
     module.weight.data += 1
     log.rows.append({"validation_accuracy": 0.2})  # the same value is no improvement
     checkpoints.on_train_epoch_end(trainer, module)
-    assert saved[2:] == ["last.ckpt"]
+    assert saved[1:] == [("last.ckpt", best)]
     assert torch.equal(checkpoints.state_dict()["best_weights"]["weight"], best)
+
+
+def test_checkpoints_come_when_their_time_is_over_and_at_the_end(tmp_path, monkeypatch):
+    """Epochs of 8 seconds, a checkpoint every 30: after epochs 4, 8 and the last."""
+    now = [1000.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    log, saved, module = fn.EpochLog(), [], nn.Linear(1, 1)
+    trainer = stub_trainer(saved, tmp_path / "best.ckpt", epochs=10)
+    checkpoints = fn.Checkpoints(tmp_path, log, "validation_accuracy", every=30)
+    epochs = []
+    for epoch in range(10):
+        now[0] += 8
+        trainer.current_epoch = epoch
+        module.weight.data.fill_(epoch)
+        log.rows.append({"validation_accuracy": 0.5 - abs(epoch - 5) / 10})  # epoch 5 is best
+        before = len(saved)
+        checkpoints.on_train_epoch_end(trainer, module)
+        epochs += [epoch] * (len(saved) - before)
+    assert epochs == [3, 7, 9]
+    assert [int(best) for _, best in saved] == [3, 5, 5]
+
+
+def test_a_run_that_is_to_stop_leaves_a_checkpoint(tmp_path):
+    log, saved, module = fn.EpochLog(), [], nn.Linear(1, 1)
+    log.rows = [{"validation_accuracy": 0.1}]
+    trainer = stub_trainer(saved, tmp_path / "best.ckpt")
+    checkpoints = fn.Checkpoints(tmp_path, log, "validation_accuracy", every=30)
+    checkpoints.on_train_epoch_end(trainer, module)
+    assert saved == []
+    trainer.should_stop = True
+    checkpoints.on_train_epoch_end(trainer, module)
+    assert len(saved) == 1
 
 
 @pytest.mark.parametrize("patience", [0, 1])
