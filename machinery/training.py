@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from machinery.batches import EpochSeed
 from machinery.checkpoints import SafeCheckpoints, newest_sound
@@ -360,8 +361,12 @@ def several_processes(folder: Path | None, on_gpus: bool) -> DDPStrategy:
         sys.argv[1:] = ["--resume", str(folder)]
     if rank() != 0:
         end_with_parent()
-    # SyncBatchNorm keeps the statistics of all GPUs equal by itself.
-    return DDPStrategy(timeout=TIMEOUT, broadcast_buffers=not on_gpus)
+    options: dict[str, Any] = {}
+    if on_gpus:  # where SyncBatchNorm keeps the statistics of all of them equal by itself
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options[name] = False
+    return DDPStrategy(timeout=TIMEOUT, **options)
 
 
 def environment(several: bool) -> list[Any]:

@@ -110,6 +110,7 @@ def trained(micro, precision="fp32"):
     """The weights after two epochs on digits, in GroupNorm, so that micro-batches do not matter."""
     values = {"epochs": 2, "batch_size": 64, "micro_batch_size": micro, "stem": "imagenet"}
     values |= {"norm": "group", "accelerator": DEVICE, "precision": precision, "hidden_dim": 32}
+    values |= {"embedding_dim": 32}
     values |= {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "grayscale": 0.0}
     config = make_config(**values)
     torch.manual_seed(0)
