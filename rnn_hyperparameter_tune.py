@@ -226,7 +226,10 @@ def objective(trial: optuna.Trial, splits: rnn.Splits, config: Config) -> float:
         drawn = suggest(trial, config)
         check_inside(trial)
     except (fn.UserError, ValueError, TypeError) as error:  # of what a user has put in the queue
-        queued = trial.study.get_trials(deepcopy=False)[trial.number].system_attrs["fixed_params"]
+        ours = trial.study.get_trials(deepcopy=False)[trial.number]
+        queued = ours.system_attrs.get("fixed_params")
+        if not queued:
+            raise
         trial.set_user_attr("error", f"outside of the search space: {queued} ({error})")
         raise trials.Unusable from None
     trial.set_user_attr("drawn", True)

@@ -21,11 +21,10 @@ contrastive/evaluation.py EvaluationSettings. Config, at the end, is all of them
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,17 +42,20 @@ from contrastive.augmentation import (
     random_grayscale,
     random_resized_crop_and_flip,
 )
+from contrastive.caching import GradientCache
 from contrastive.evaluation import (  # noqa: F401
     EvaluationSettings,
     LinearClassifier,
     draw,
     evaluate,
 )
+from contrastive.lars import LARS
+from contrastive.losses import contrastive_loss
 from contrastive.memory import bytes_of_a_step, memory_line
 from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_normalize
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
-from functions import REDUCED, Batches, ImageDataset, check, nt_xent_loss
+from functions import REDUCED, Batches, ImageDataset, check
 
 # ------------------------------------------------------------------------------------------------
 # Section 3, Appendix A: data augmentation, t ~ T
@@ -66,12 +68,17 @@ class Views(fn.Settings):
 
     title: ClassVar[str] = "views"
 
+    views: int = 2
+    """M, views of each image in a batch (the paper: 2); with more, fewer images are seen for the
+    same arithmetic"""
     crop_size: int | str | None = None
     """side of the random crops in pixels (the images' own unless given), or a schedule over the
     share of training: 16:0.7,24:0.9,32:1 crops to 16 pixels until 70 % of the steps, to 24 until
     90 %, then to 32"""
     crop_scale: float = 0.08
     """smallest share of the image's area that a random crop keeps"""
+    crop_scale_max: float = 1.0
+    """largest share; as large as --crop_scale, it gives patches of a fixed area"""
     flip: float = 0.5
     """probability of a horizontal flip"""
     jitter_strength: float = 0.5
@@ -85,22 +92,26 @@ class Views(fn.Settings):
 
     def validate(self) -> None:
         super().validate()
+        self.require("views", fn.at_least(2))
         self.require("flip jitter grayscale blur", fn.PROBABILITY)
-        self.require("crop_scale", fn.SHARE)
+        self.require("crop_scale crop_scale_max", fn.SHARE)
+        least, most = self.crop_scale, self.crop_scale_max
+        check(least <= most, f"--crop_scale {least} must be at most --crop_scale_max {most}")
         strength = self.jitter_strength
         check(0 <= strength <= 1.25, f"--jitter_strength must be from 0 to 1.25, got {strength}")
         crop_schedule(self.crop_size)
 
 
-def two_views(images: Tensor, t: Views, size: int | None = None) -> Tensor:
-    """Two random views of each image, t ~ T: rows i and i + N are a pair.
+def random_views(images: Tensor, t: Views, size: int | None = None, count: int = 2) -> Tensor:
+    """Two random views of each image, or `count`, t ~ T: rows i, i + N ... are of image i.
 
-    uint8 (N, 3, H, W) -> float32 (2N, 3, size, size) in [0, 1]; size is the images' own unless
-    given.
+    uint8 (N, 3, H, W) -> float32 (count N, 3, size, size) in [0, 1]; size is the images' own
+    unless given.
     """
     with torch.autocast(images.device.type, enabled=False):  # colours keep their float32
-        x = images.float().div_(255).repeat(2, 1, 1, 1)
-        x = random_resized_crop_and_flip(x, size or x.shape[2], t.crop_scale, t.flip)
+        x = images.float().div_(255).repeat(count, 1, 1, 1)
+        scale = t.crop_scale, t.crop_scale_max
+        x = random_resized_crop_and_flip(x, size or x.shape[2], *scale, t.flip)
         if t.jitter and t.jitter_strength:
             x = color_jitter(x, t.jitter_strength, t.jitter)
         if t.grayscale:
@@ -119,7 +130,7 @@ class EncoderAndHead(fn.Settings):
 
     title: ClassVar[str] = "encoder and head"
 
-    encoder: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
     """f(.), the base encoder (the paper: resnet50)"""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """first layers: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is
@@ -127,16 +138,26 @@ class EncoderAndHead(fn.Settings):
     norm: Literal["batch", "group"] = "batch"
     """BatchNorm as in the paper, or GroupNorm (32 groups), for which no image depends on the
     others of its batch"""
+    activation: Literal["relu", "gelu", "silu", "leaky_relu"] = "relu"
+    """the encoder's nonlinearity (the paper and torchvision: relu)"""
+    head_layers: int = 2
+    """linear layers of g(.): 2 as in the paper, 1 is a linear head, 0 compares h itself"""
     hidden_dim: int = 512
-    """width of the projection head's hidden layer"""
+    """width of the projection head's hidden layers"""
     embedding_dim: int = 128
     """length of the embedding z"""
+    head_norm: Literal["batch", "group", "none"] | None = None
+    """normalisation of the head's hidden layers (as --norm unless given)"""
+    head_dropout: float = 0.0
+    """share of the head's hidden units dropped in each step"""
     compile: bool = False
     """compile the model with torch.compile: meant for GPUs"""
 
     def validate(self) -> None:
         super().validate()
         self.require("hidden_dim embedding_dim", fn.at_least(1))
+        self.require("head_layers", fn.NOT_NEGATIVE)
+        self.require("head_dropout", fn.BELOW_1)
         lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
         remedy = "install triton (on Windows triton-windows), or leave it out"
         check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
@@ -151,25 +172,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 
 
 def build_encoder(
-    name: str = "resnet18", stem: str = "cifar", norm: str = "batch"
+    name: str = "resnet18", stem: str = "cifar", norm: str = "batch", activation: str = "relu"
 ) -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier.
 
     Images (B, 3, H, W) -> h (B, feature_dim). The cifar stem replaces the 7x7 stride-2 convolution
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
-    GroupNorm (Wu & He 2018, arXiv 1803.08494). Raises UserError for an unknown one of them.
+    GroupNorm (Wu & He 2018, arXiv 1803.08494). activation: what stands where ResNets have ReLU; the
+    parameters are the same. Raises UserError for an unknown one of them.
     """
     from torchvision import models
 
-    known = {"resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50}
+    known = ("resnet18", "resnet34", "resnet50", "resnet101")
     check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
     check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
     check(norm in NORMS, f"--norm {norm} is unknown; choose batch or group")
+    kinds = ", ".join(ACTIVATIONS)
+    check(activation in ACTIVATIONS, f"--activation {activation} is unknown; choose from {kinds}")
 
-    encoder: Any = known[name](weights=None, norm_layer=NORMS[norm])
+    encoder: Any = models.get_model(name, weights=None, norm_layer=NORMS[norm])
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":
@@ -178,6 +203,9 @@ def build_encoder(
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
 
+    if activation != "relu":
+        for block in [m for m in encoder.modules() if hasattr(m, "relu")]:
+            block.relu = ACTIVATIONS[activation]()
     use_small_maps(encoder)
     return encoder.to(memory_format=layout("cpu")), feature_dim
 
@@ -190,10 +218,42 @@ def layout(device: str) -> torch.memory_format:
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
+def head_norm(kind: str, width: int) -> list[nn.Module]:
+    """What normalises a hidden layer of the head: (B, width) -> (B, width)."""
+    if kind == "none":
+        return []
+    return [nn.BatchNorm1d(width) if kind == "batch" else group_norm(width)]
+
+
+def build_head(
+    feature_dim: int,
+    hidden_dim: int = 512,
+    embedding_dim: int = 128,
+    norm: str = "batch",
+    layers: int = 2,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """g(.): h (B, feature_dim) -> z (B, embedding_dim), of so many linear layers.
+
+    Two are the paper's nonlinear head, one is its linear head, none leaves h as it is (Section
+    4.2, Figure 8). norm: batch, group or none.
+    """
+    if layers == 0:
+        return nn.Sequential()
+    hidden: list[nn.Module] = []
+    width = feature_dim
+    for _ in range(layers - 1):
+        # A normalisation has a bias of its own.
+        hidden += [nn.Linear(width, hidden_dim, bias=norm == "none"), *head_norm(norm, hidden_dim)]
+        hidden += [nn.ReLU(inplace=True), *([nn.Dropout(dropout)] if dropout else [])]
+        width = hidden_dim
+    return nn.Sequential(*hidden, nn.Linear(width, embedding_dim))
+
+
 class SimCLRModel(nn.Module):
     """z = g(f(x)): images (B, 3, H, W) -> embeddings (B, embedding_dim).
 
-    Evaluation uses h = f(x) (Section 4.2).
+    Evaluation uses h = f(x) (Section 4.2). What follows `feature_dim` is `build_head`'s.
     """
 
     def __init__(
@@ -203,15 +263,13 @@ class SimCLRModel(nn.Module):
         hidden_dim: int = 512,
         embedding_dim: int = 128,
         norm: str = "batch",
+        layers: int = 2,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projection_head = nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim, bias=False),  # the normalisation has its own bias
-            nn.BatchNorm1d(hidden_dim) if norm == "batch" else group_norm(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, embedding_dim),
-        )
+        head = feature_dim, hidden_dim, embedding_dim, norm, layers, dropout
+        self.projection_head = build_head(*head)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.encoder(x)  # (B, feature_dim)
@@ -220,6 +278,30 @@ class SimCLRModel(nn.Module):
     def get_encoder(self) -> nn.Module:
         """f(.) alone: images (B, 3, H, W) -> h (B, feature_dim)."""
         return self.encoder
+
+
+# ------------------------------------------------------------------------------------------------
+# Equation 1, and its kin
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loss(fn.Settings):
+    """What is minimised: NT-Xent."""
+
+    title: ClassVar[str] = "loss"
+
+    temperature: float = 0.5
+    """tau in NT-Xent"""
+    positives: Literal["each", "mean"] = "each"
+    """with more than two views, a view is compared with each other view of its image in turn, or
+    with their mean"""
+    decoupled: bool = False
+    """leave the positive out of the denominator (Yeh et al. 2022)"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("temperature", fn.POSITIVE)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,18 +318,22 @@ class Optimisation(fn.SeveralDevices):
     epochs: int = 300
     """passes over the images in pretraining"""
     batch_size: int = 512
-    """N, images per batch and device: each view sees 2(N - 1) negatives, N counted over all
+    """N, images per batch and device: each view sees M(N - 1) negatives, N counted over all
     devices"""
     micro_batch_size: int | None = None
     """images that are in memory at once (all of the batch unless given): the same gradient, a
     third more arithmetic"""
-    temperature: float = 0.5
-    """tau in NT-Xent"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd with momentum 0.9, or adam (the paper: LARS, which matters for batches above 4096)"""
+    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
+    """the paper: lars, which matters for batches above 4096"""
+    momentum: float = 0.9
+    """of sgd and lars"""
+    nesterov: bool = False
+    """sgd and lars look one step of their momentum ahead"""
     learning_rate: float | None = None
-    """for a batch of 256, unless given 0.06 for sgd and 0.001 for adam; used is
-    learning_rate * N / 256"""
+    """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.001 for adam and adamw"""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """how the learning rate follows the batch: N / 256 as in the paper, its square root (Appendix
+    B.1), or not at all"""
     weight_decay: float = 5e-4
     """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
     warmup_epochs: int = 10
@@ -259,8 +345,12 @@ class Optimisation(fn.SeveralDevices):
         super().validate()
         self.require("epochs knn_every", fn.at_least(1))
         self.require("batch_size", fn.at_least(2))
-        self.require("temperature learning_rate", fn.POSITIVE)
+        self.require("learning_rate", fn.POSITIVE)
         self.require("weight_decay warmup_epochs", fn.NOT_NEGATIVE)
+        self.require("momentum", fn.BELOW_1)
+        possible = self.momentum > 0 and self.optimizer in ("sgd", "lars")
+        remedy = "take sgd or lars, with momentum, or leave it out"
+        check(possible or not self.nesterov, f"--nesterov is about momentum: {remedy}")
         micro, batch = self.micro_batch_size, self.batch_size
         fits = micro is None or 2 <= micro <= batch
         check(fits, f"--micro_batch_size must be from 2 to --batch_size {batch}, got {micro}")
@@ -275,12 +365,35 @@ class Optimisation(fn.SeveralDevices):
         """The learning rate for a batch of 256: what was given, or what suits the optimizer."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 0.06 if self.optimizer == "sgd" else 0.001
+        return {"sgd": 0.06, "lars": 0.3}.get(self.optimizer, 0.001)
+
+
+SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda _: 1.0}
 
 
 def actual_learning_rate(config: Optimisation) -> float:
-    """The paper's linear scaling rule: learning_rate * N / 256, N the batch over all devices."""
-    return config.base_learning_rate * config.effective_batch_size / 256
+    """The paper's linear scaling rule: learning_rate * N / 256, N the batch over all devices.
+
+    Or with the square root of N / 256, which is better for small batches and few epochs (Appendix
+    B.1), or without it.
+    """
+    return config.base_learning_rate * SCALINGS[config.scaling](config.effective_batch_size / 256)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: Optimisation) -> Any:
+    """What --optimizer names. Weights decay; biases and normalisation do not."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    rate = actual_learning_rate(config)
+    if config.optimizer in ("adam", "adamw"):
+        adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+        return adam(groups, lr=rate, fused=True)
+    options: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
+    if config.optimizer == "lars":
+        return LARS(groups, lr=rate, **options)
+    return torch.optim.SGD(groups, lr=rate, fused=True, **options)
 
 
 def warmup_epochs(config: Optimisation) -> float:
@@ -302,7 +415,7 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
 
 
 @dataclass
-class Config(EvaluationSettings, Optimisation, Views, EncoderAndHead, fn.RunConfig):
+class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.RunConfig):
     """SimCLR's settings: the paper's for CIFAR-10 (Appendix B.9), unless a flag says otherwise.
 
     RunConfig stands last so that a config.yaml begins with the data set.
@@ -344,28 +457,31 @@ class Pretraining(Monitored):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> dict[str, Tensor]:
         (images,) = batch  # uint8 (N, 3, H, W)
-        z = self.embed(images)  # (2N, embedding_dim)
+        c = self.config
+        z = self.embed(images)  # (M N, embedding_dim), with the paper's two views (2 N, ...)
         z = self.gather(z)  # the same, N over all devices
-        return {"loss": nt_xent_loss(z, self.config.temperature)}
+        if batch_idx + 1 == len(self.batches):
+            self.watch(z, c.views)
+        return {"loss": contrastive_loss(z, c.views, c.temperature, c.positives, c.decoupled)}
 
     def embed(self, images: Tensor) -> Tensor:
-        """z of two random views of each image: uint8 (N, 3, H, W) -> (2N, embedding_dim)."""
+        """z of random views of each image: uint8 (N, 3, H, W) -> (M N, embedding_dim)."""
         done = self.global_step / (self.config.epochs * len(self.batches))
         last, _ = self.crop_sizes[-1]
         size = next((side for side, share in self.crop_sizes if done < share), last)
-        views = two_views(images, self.config, size)  # (2N, 3, size, size), i and i + N a pair
+        views = random_views(images, self.config, size, self.config.views)
         views = self.normalize(views).contiguous(memory_format=layout(self.device.type))
         return self.model(views)
 
     def gather(self, z: Tensor) -> Tensor:
-        """The embeddings of all devices: (2N, D) of each -> (devices * 2N, D), pairs half apart.
+        """The embeddings of all devices: (M N, D) of each -> (devices * M N, D), view by view.
 
         Gathered with gradient: every device takes the loss of the whole batch, with negatives from
         all devices, and DDP's mean over the devices is then its gradient.
         """
-        n, d = len(z) // 2, z.shape[1]
-        everywhere: Any = self.all_gather(z, sync_grads=True)  # (devices, 2N, D)
-        by_view = everywhere.view(-1, 2, n, d).transpose(0, 1)  # (2, devices, N, D)
+        m, d = self.config.views, z.shape[1]
+        everywhere: Any = self.all_gather(z, sync_grads=True)  # (devices, M N, D)
+        by_view = everywhere.view(-1, m, len(z) // m, d).transpose(0, 1)  # (M, devices, N, D)
         return by_view.reshape(-1, d)  # all first views, then all second views
 
     def represent(self, images: Tensor) -> Tensor:
@@ -373,19 +489,7 @@ class Pretraining(Monitored):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]  # the second: biases and normalisation
-
-        rate = actual_learning_rate(config)
-        optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=True)
-        else:
-            optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
-
+        optimizer = make_optimizer(list(self.model.parameters()), config)
         warmup = round(warmup_epochs(config) * len(self.batches))
         total = config.epochs * len(self.batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -397,71 +501,8 @@ class Pretraining(Monitored):
         }
 
 
-class CachedPretraining(Pretraining):
-    """The same, with a batch of any size in the memory of a micro-batch.
-
-    Gradient caching (Gao et al. 2021, arXiv 2101.06983). Losses of parts of the batch would lack
-    negatives. So the whole batch is embedded, micro-batch by micro-batch, without keeping what
-    backward needs. The loss of all embeddings gives its gradient with respect to each of them, and
-    each micro-batch is embedded once more to carry that gradient on to the weights.
-    """
-
-    def embed(self, images: Tensor) -> Tensor:
-        self.micro_batches = images.split(self.config.micro_batch_size or len(images))
-        with torch.no_grad(), frozen_statistics(self.model):
-            parts = [self.embed_again(i) for i in range(len(self.micro_batches))]
-        pairs = [z.view(2, -1, self.config.embedding_dim) for z in parts]
-        # A leaf: the graph of the loss ends here.
-        self.z = torch.cat(pairs, dim=1).flatten(0, 1).requires_grad_()
-        return self.z
-
-    def embed_again(self, i: int) -> Tensor:
-        """z of micro-batch i, of the same views each time.
-
-        They are drawn anew from their seed, not stored.
-        """
-        config = self.config
-        torch.manual_seed(fn.mix_seed(config.seed, self.global_step, self.global_rank, i))
-        return super().embed(self.micro_batches[i])
-
-    def backward(self, loss: Tensor) -> None:
-        """From the loss to the gradient of the weights.
-
-        Lightning calls it between training_step and the optimizer.
-        """
-        loss.backward()
-        assert self.z.grad is not None
-        pairs = self.z.grad.view(2, -1, self.config.embedding_dim)
-        parts = pairs.split(len(self.micro_batches[0]), dim=1)
-        *others, last = [pair.flatten(0, 1) for pair in parts]
-
-        autocast = self.trainer.precision_plugin.forward_context
-        parameters = list(self.model.parameters())
-        for i, gradient in enumerate(others):
-            with autocast():
-                z = self.embed_again(i)
-            found = torch.autograd.grad(z, parameters, gradient)
-            for p, g in zip(parameters, found, strict=True):
-                # Added up in zeros of its own, for the memory layout of p.
-                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad).add_(g)
-
-        # The last one DDP sees: here it averages over the devices what each has added up.
-        with autocast():
-            z = self.embed_again(len(others))
-        z.backward(last)
-
-
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by its batch, but leaves its running statistics to a second pass."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+class CachedPretraining(GradientCache, Pretraining):
+    """The same, with a batch of any size in the memory of a micro-batch."""
 
 
 @dataclass
@@ -523,7 +564,7 @@ def needed_bytes(module: Pretraining) -> int:
     own = module.batches.tensors[0].shape[-1]
     side = max(side or own for side, _ in module.crop_sizes)
     reduced = REDUCED.get(machine.precision)
-    return bytes_of_a_step(module.model, 2 * images, side, machine.device, reduced)
+    return bytes_of_a_step(module.model, config.views * images, side, machine.device, reduced)
 
 
 def print_plan(module: Pretraining) -> None:
@@ -541,13 +582,17 @@ def print_plan(module: Pretraining) -> None:
         batch += f", in micro-batches of {config.micro_batch_size}"
     images = f"{len(module.batches.tensors[0]):,} images without labels"
     steps = f"{len(module.batches)} steps an epoch"
-    print(f"pretraining on {images}: batch {batch} ({2 * (n - 1):,} negatives per view), {steps}")
+    negatives = config.views * (n - 1)
+    if config.views > 2:
+        batch += f" x {config.views} views"
+    print(f"pretraining on {images}: batch {batch} ({negatives:,} negatives per view), {steps}")
 
     device = torch.device(config.machine.device)
     print(module.batches.where(device))
     if device.type == "cuda":
         print(memory_line(needed_bytes(module), fn.free_memory(device)))
-    rate = f"{config.base_learning_rate:g} x {n}/256 = {actual_learning_rate(config):g}"
+    by = {"linear": f" x {n}/256", "sqrt": f" x sqrt({n}/256)", "none": ""}[config.scaling]
+    rate = f"{config.base_learning_rate:g}{by} = {actual_learning_rate(config):g}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
     print(f"{config.optimizer}, learning rate {rate}, {warmup}", flush=True)
 
@@ -589,11 +634,12 @@ def main(config: Config) -> None:
     check_data(data, config)
 
     torch.manual_seed(config.seed)
-    encoder, feature_dim = build_encoder(config.encoder, config.stem, config.norm)
+    architecture = config.encoder, config.stem, config.norm, config.activation
+    encoder, feature_dim = build_encoder(*architecture)
     encoder.to(memory_format=layout(config.machine.device))
     untrained = copy.deepcopy(encoder)
-    dims = feature_dim, config.hidden_dim, config.embedding_dim
-    model = SimCLRModel(encoder, *dims, config.norm)
+    head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm
+    model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
     normalize = fn.Normalize(data.pretraining_images)
     if file is not None:
         load_encoder(encoder, file)
@@ -628,7 +674,7 @@ def show_views(images: Tensor, config: Config, file: Path, count: int = 10) -> N
     """Draw `count` random images, and two views of each."""
     torch.manual_seed(config.seed)
     chosen = images[torch.randperm(len(images))[:count]]
-    figures.plot_views(chosen, two_views(chosen, config), file)
+    figures.plot_views(chosen, random_views(chosen, config), file)
 
 
 if __name__ == "__main__":

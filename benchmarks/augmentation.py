@@ -29,16 +29,16 @@ IMAGES = torch.from_numpy(usual.random_images(BATCH)).permute(0, 3, 1, 2).contig
 # ------------------------------------------------------------------------------------------------
 
 
-def of_whole_batches(two_views: Callable[[], Tensor]) -> float:
+def of_whole_batches(random_views: Callable[[], Tensor]) -> float:
     """Milliseconds a view of a function that makes two views of each of IMAGES."""
-    return 1000 * common.seconds(two_views, warm_up=10) / (2 * BATCH)
+    return 1000 * common.seconds(random_views, warm_up=10) / (2 * BATCH)
 
 
 def ours() -> float:
     common.prepare()
     config = simCLR.Config()
     normalize = fn.Normalize(IMAGES)
-    return of_whole_batches(lambda: normalize(simCLR.two_views(IMAGES, config)))
+    return of_whole_batches(lambda: normalize(simCLR.random_views(IMAGES, config)))
 
 
 def kornia_batched() -> float:

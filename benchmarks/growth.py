@@ -48,7 +48,7 @@ def pretraining(n: int, steps: int = 200) -> float:
     batches = fn.Batches(images, batch_size=config.batch_size, seed=0, drop_last=True)
     epochs = itertools.chain.from_iterable(itertools.repeat(batches))
     for (batch,) in itertools.islice(epochs, steps):
-        normalize(simCLR.two_views(batch, config))
+        normalize(simCLR.random_views(batch, config))
     return time.perf_counter() - start
 
 

@@ -63,7 +63,7 @@ def our_step(config: simCLR.Config, compiled: bool) -> Callable[[], None]:
     def step() -> None:
         (batch,) = next(batches)
         with machine.autocast():
-            views = simCLR.two_views(batch, config)
+            views = simCLR.random_views(batch, config)
             views = module.normalize(views).contiguous(memory_format=torch.channels_last)
             loss = fn.nt_xent_loss(model(views), config.temperature)
         optimizer.zero_grad()

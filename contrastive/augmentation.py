@@ -27,15 +27,15 @@ def uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
 
 
 def crop_boxes(
-    n: int, height: int, width: int, min_scale: float, device: torch.device
+    n: int, height: int, width: int, min_scale: float, max_scale: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n random boxes (top, left, height, width), float32 (n,), whole pixels.
 
-    Area uniform in [min_scale, 1] of the image's, aspect ratio log-uniform in [3/4, 4/3]. Of ten
-    draws the first that fits is taken, the whole image if none does (torchvision: its largest
-    central part, which is the same for square images).
+    Area uniform in [min_scale, max_scale] of the image's, aspect ratio log-uniform in [3/4, 4/3].
+    Of ten draws the first that fits is taken, the whole image if none does (torchvision: its
+    largest central part, which is the same for square images).
     """
-    area = height * width * uniform(10 * n, min_scale, 1, device).view(n, 10)
+    area = height * width * uniform(10 * n, min_scale, max_scale, device).view(n, 10)
     ratio = uniform(10 * n, math.log(3 / 4), math.log(4 / 3), device).view(n, 10).exp()
     w = (area * ratio).sqrt().round()  # (n, 10)
     h = (area / ratio).sqrt().round()
@@ -69,14 +69,16 @@ def resize_weights(start: Tensor, length: Tensor, size_in: int, size_out: int) -
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def random_resized_crop_and_flip(x: Tensor, size: int, min_scale: float, flip: float) -> Tensor:
+def random_resized_crop_and_flip(
+    x: Tensor, size: int, min_scale: float, max_scale: float, flip: float
+) -> Tensor:
     """Crop at random, resize to `size`, and flip with probability `flip`.
 
     (B, 3, H, W) -> (B, 3, size, size). All three are two small matrices an image,
     rows @ x @ columns: one batched product instead of a loop over images.
     """
     height, width = x.shape[2:]
-    top, left, h, w = crop_boxes(len(x), height, width, min_scale, x.device)
+    top, left, h, w = crop_boxes(len(x), height, width, min_scale, max_scale, x.device)
     rows = resize_weights(top, h, height, size)  # (B, size, H)
     columns = resize_weights(left, w, width, size)  # (B, size, W)
 

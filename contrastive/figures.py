@@ -36,21 +36,33 @@ def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
 
 @fn.drawing
 def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
-    """The loss over the epochs, and the k-NN accuracy among training images if it was measured."""
-    checked = [row for row in rows if "knn_accuracy" in row]
+    """Does it learn? The loss, what finds its like, and how many directions are filled.
+
+    rows: of an EpochLog; what was not measured is left out.
+    """
+    panels = {
+        "NT-Xent loss": {"train_loss": "batch"},
+        "accuracy": {
+            "contrastive_accuracy": "views find their like (batch)",
+            "knn_accuracy": "k-NN (training images)",
+        },
+        "effective rank": {"rank_h": "of h", "rank_z": "of z"},
+    }
+    titles = ("Pretraining, without labels", "What finds its like", "Directions that are filled")
     marker = "o" if len(rows) <= 10 else ""
-    figure, axes = fn.new_figure(10 if checked else 6, 4, columns=2 if checked else 1)
-
-    loss_axis = axes[0] if checked else axes
-    loss_axis.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows], marker=marker)
-    loss_axis.set(title="Pretraining, without labels")
-    fn.over_epochs(loss_axis, "NT-Xent loss")
-
-    if checked:
-        epochs, accuracies = ([r[key] for r in checked] for key in ("epoch", "knn_accuracy"))
-        axes[1].plot(epochs, accuracies, color="C1", marker=marker)
-        axes[1].set(title="Its k-NN check, on training images")
-        fn.over_epochs(axes[1], "k-NN accuracy", accuracy=True)
+    figure, axes = fn.new_figure(13, 4, columns=3)
+    color = 0
+    for axis, title, (name, curves) in zip(axes, titles, panels.items(), strict=True):
+        for key, label in curves.items():
+            measured = [row for row in rows if key in row]
+            epochs, values = ([row[part] for row in measured] for part in ("epoch", key))
+            if measured:
+                axis.plot(epochs, values, color=f"C{color}", marker=marker, label=label)
+            color += 1
+        axis.set(title=title)
+        fn.over_epochs(axis, name, accuracy=name == "accuracy")
+        if len(curves) > 1 and axis.get_lines():
+            axis.legend(frameon=False)
     fn.save_figure(figure, file)
 
 

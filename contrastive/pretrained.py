@@ -16,7 +16,7 @@ from functions import UserError, check
 
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
-ARCHITECTURE = ("encoder", "stem", "norm")
+ARCHITECTURE = ("encoder", "stem", "norm", "activation")
 
 
 def encoder_file(checkpoint: str) -> Path:

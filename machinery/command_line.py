@@ -561,6 +561,7 @@ def failed(script: str, message: str, status: int) -> int:
     print(f"{script}: {message}", file=sys.stderr)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Python's own way out would wait for processes that may be gone.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status

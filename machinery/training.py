@@ -101,8 +101,9 @@ class EpochLog(Callback):
     """One row per epoch: printed as a line, kept in `rows`, written to metrics.csv and TensorBoard.
 
     What `training_step` returns ({"loss": ..., "accuracy": ...}, means over a batch) becomes
-    train_loss and so on, the means over the epoch's images. What a module logs in validation
-    stands beside it. `names` says how to print a metric: {"knn": "k-NN"} for knn_accuracy.
+    train_loss and so on, the means over the epoch's images. What a module has as `epoch_signals`,
+    and what it logs in validation, stands beside it. `names` says how to print a metric:
+    {"knn": "k-NN"} for knn_accuracy.
 
     The rows travel in the checkpoint, so that a resumed run has every epoch exactly once.
     """
@@ -157,6 +158,7 @@ class EpochLog(Callback):
         row = {
             "epoch": trainer.current_epoch + 1,
             **self.means,
+            **getattr(pl_module, "epoch_signals", {}),
             **held_out_metrics(trainer),
             "learning_rate": self.learning_rate,
             "images_per_second": round(images / (self.training_end - self.start), 1),
@@ -202,6 +204,8 @@ def epoch_line(
         if accuracy is not None:
             words.append(f"{name} {100 * accuracy:.1f} %".strip())
 
+    ranks = [f"{key[5:]} {value:.0f}" for key, value in row.items() if key.startswith("rank_")]
+    words += [f"rank {', '.join(ranks)}"] if ranks else []
     words.append(f"lr {row['learning_rate']:.2g}")
     words.append(f"{row['images_per_second']:,.0f} images/s")
     if left := (epochs - row["epoch"]) * seconds:

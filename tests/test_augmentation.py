@@ -1,4 +1,4 @@
-"""contrastive/augmentation.py and two_views: they draw and compute what torchvision does."""
+"""contrastive/augmentation.py and random_views: they draw and compute what torchvision does."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def is_near(x: Tensor, image: Tensor, tolerance: float = 1e-5) -> Tensor:
 
 
 def whole_image(
-    n: int, height: int, width: int, min_scale: float, device: torch.device
+    n: int, height: int, width: int, min_scale: float, max_scale: float, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Stands in for augmentation.crop_boxes where a test is about what follows the crop."""
     sides = torch.full((n,), float(height)), torch.full((n,), float(width))
@@ -103,7 +103,7 @@ def box_quantities(
     ("height", "width", "scale"), [(32, 32, 0.08), (96, 96, 0.08), (48, 32, 0.08), (32, 32, 0.5)]
 )
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
-    ours = augmentation.crop_boxes(5000, height, width, scale, CPU)
+    ours = augmentation.crop_boxes(5000, height, width, scale, 1.0, CPU)
     image, draw = torch.empty(3, height, width), transforms.RandomResizedCrop.get_params
     draws = [draw(image, [scale, 1.0], [3 / 4, 4 / 3]) for _ in range(5000)]
     theirs = torch.tensor(draws, dtype=torch.float32).unbind(1)
@@ -114,7 +114,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 8), (48, 32)])
 def test_crop_boxes_are_whole_pixels_within_the_image(height, width):
-    top, left, h, w = augmentation.crop_boxes(20_000, height, width, 0.01, CPU)
+    top, left, h, w = augmentation.crop_boxes(20_000, height, width, 0.01, 1.0, CPU)
     assert all(torch.equal(value, value.round()) for value in (top, left, h, w))
     assert min(top.min(), left.min()) == 0
     assert min(h.min(), w.min()) >= 1
@@ -134,7 +134,7 @@ def test_crop_and_resize_equal_torchvisions(monkeypatch, height, width, size):
     monkeypatch.setattr(augmentation, "crop_boxes", lambda *_: boxes)
 
     x = torch.rand(n, 3, height, width)
-    ours = augmentation.random_resized_crop_and_flip(x, size, 0.08, flip=0.0)
+    ours = augmentation.random_resized_crop_and_flip(x, size, 0.08, 1.0, flip=0.0)
 
     boxes = torch.stack([top, left, h, w], dim=1).tolist()
     crops = [resized_crop(x[i], *boxes[i], [size, size], antialias=True) for i in range(n)]
@@ -157,7 +157,7 @@ def test_flip_is_torchvisions_hflip():
     views = []
     for flip in (0.0, 1.0):  # the same seed: the same boxes
         torch.manual_seed(3)
-        views.append(augmentation.random_resized_crop_and_flip(x, 12, 0.08, flip))
+        views.append(augmentation.random_resized_crop_and_flip(x, 12, 0.08, 1.0, flip))
     torch.testing.assert_close(views[1], tv.hflip(views[0]), atol=1e-6, rtol=0)
 
 
@@ -165,7 +165,7 @@ def test_flip_is_torchvisions_hflip():
 def test_flip_rate(monkeypatch, p):
     monkeypatch.setattr(augmentation, "crop_boxes", whole_image)
     image = colourful(8)
-    x = augmentation.random_resized_crop_and_flip(copies(image, 5000), 8, 0.08, p)
+    x = augmentation.random_resized_crop_and_flip(copies(image, 5000), 8, 0.08, 1.0, p)
     flipped, kept = is_near(x, tv.hflip(image)), is_near(x, image)
     assert (flipped ^ kept).all()
     assert_rate(int(flipped.sum()), 5000, p)
@@ -333,7 +333,7 @@ def test_gaussian_blur_rate():
 
 
 def crop(x: Tensor, p: float) -> Tensor:
-    return augmentation.random_resized_crop_and_flip(x, x.shape[2], 0.08 if p else 1.0, p)
+    return augmentation.random_resized_crop_and_flip(x, x.shape[2], 0.08 if p else 1.0, 1.0, p)
 
 
 AUGMENTATIONS = {
@@ -375,16 +375,16 @@ def test_a_view_is_distributed_as_torchvisions_pipeline():
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
     crop, flip = transforms.RandomResizedCrop(16, antialias=True), transforms.RandomHorizontalFlip()
     pipeline = transforms.Compose([crop, flip, jitter, transforms.RandomGrayscale(0.2)])
-    ours = simCLR.two_views(copies(image, n // 2), make_config())
+    ours = simCLR.random_views(copies(image, n // 2), make_config())
     assert_same_distribution(statistics(ours), statistics(one_by_one(pipeline, image / 255, n)))
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.5])
-def test_two_views_are_float_pairs_within_black_and_white(blur):
+def test_random_views_are_float_pairs_within_black_and_white(blur):
     images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
     images[:10], images[10:20] = 0, 255
     before = images.clone()
-    views = simCLR.two_views(images, make_config(blur=blur))
+    views = simCLR.random_views(images, make_config(blur=blur))
 
     assert views.shape == (80, 3, 32, 32)
     assert views.dtype == torch.float32
@@ -396,21 +396,23 @@ def test_two_views_are_float_pairs_within_black_and_white(blur):
 def test_rows_i_and_i_plus_n_show_the_same_image():
     """Any crop of a plain colour has that colour."""
     colours = torch.randint(256, (12, 3, 1, 1), dtype=torch.uint8)
-    views = simCLR.two_views(colours.expand(12, 3, 16, 16), make_config(jitter=0.0, grayscale=0.0))
+    views = simCLR.random_views(
+        colours.expand(12, 3, 16, 16), make_config(jitter=0.0, grayscale=0.0)
+    )
     expected = (colours / 255).repeat(2, 1, 1, 1).expand(24, 3, 16, 16)
     torch.testing.assert_close(views, expected, atol=1e-6, rtol=0)
 
 
-def test_the_two_views_of_an_image_differ():
+def test_the_random_views_of_an_image_differ():
     images = copies((255 * colourful(16)).byte(), 64)
-    first, second = simCLR.two_views(images, make_config()).chunk(2)
+    first, second = simCLR.random_views(images, make_config()).chunk(2)
     assert ((first - second).abs().amax((1, 2, 3)) > 0.02).all()
 
 
-def test_two_views_without_any_augmentation_are_the_image():
+def test_random_views_without_any_augmentation_are_the_image():
     images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8)
     config = make_config(crop_scale=1.0, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
-    views = simCLR.two_views(images, config)
+    views = simCLR.random_views(images, config)
     torch.testing.assert_close(views, (images / 255).repeat(2, 1, 1, 1), atol=1e-6, rtol=0)
 
 
@@ -418,7 +420,7 @@ def test_the_seed_decides_the_views():
     images, views = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        views.append(simCLR.two_views(images, make_config(blur=0.5)))
+        views.append(simCLR.random_views(images, make_config(blur=0.5)))
     assert torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])
 
@@ -429,11 +431,13 @@ def test_views_keep_float32_under_autocast():
     for reduced in (False, True):
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-            views.append(simCLR.two_views(images, config))
+            views.append(simCLR.random_views(images, config))
     assert views[1].dtype == torch.float32
     assert torch.equal(*views)
 
 
 def test_views_have_the_crop_size():
-    views = simCLR.two_views(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), make_config(), size=20)
+    views = simCLR.random_views(
+        torch.zeros(3, 3, 32, 32, dtype=torch.uint8), make_config(), size=20
+    )
     assert views.shape == (6, 3, 20, 20)

@@ -365,6 +365,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(norm, eval_norm, mic
     assert float((ours - whole).norm() / whole.norm()) < 1e-11
 
 
+@pytest.mark.parametrize("changes", [{"views": 3}, {"views": 3, "positives": "mean"}])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_micro_batches_of_more_views_do_too(changes, decoupled):
+    changes |= {"decoupled": decoupled}
+    _, whole, loss = one_step("group", None, **changes)
+    _, ours, our_loss = one_step("group", 20, **changes)
+    assert our_loss == pytest.approx(loss, rel=1e-12)
+    assert float((ours - whole).norm() / whole.norm()) < 1e-11
+
+
 def test_accumulating_gradients_would_not_do():
     """What the cache is for: parts of a batch have fewer negatives, and another gradient."""
     _, whole, _ = one_step("group", None)
@@ -373,8 +383,10 @@ def test_accumulating_gradients_would_not_do():
 
 
 def test_both_passes_see_the_same_views(monkeypatch):
-    seen, two_views = [], simCLR.two_views
-    monkeypatch.setattr(simCLR, "two_views", lambda *a: seen.append(two_views(*a)) or seen[-1])
+    seen, random_views = [], simCLR.random_views
+    monkeypatch.setattr(
+        simCLR, "random_views", lambda *a: seen.append(random_views(*a)) or seen[-1]
+    )
     one_step("batch", 16, plain=False)
     assert len(seen) == 6
     for first, second in zip(seen[:3], seen[3:], strict=True):
@@ -387,8 +399,10 @@ def test_batchnorm_counts_each_micro_batch_once(monkeypatch):
 
     m <- 0.9 m + 0.1 mean.
     """
-    seen, two_views = [], simCLR.two_views
-    monkeypatch.setattr(simCLR, "two_views", lambda *a: seen.append(two_views(*a)) or seen[-1])
+    seen, random_views = [], simCLR.random_views
+    monkeypatch.setattr(
+        simCLR, "random_views", lambda *a: seen.append(random_views(*a)) or seen[-1]
+    )
     model, _, _ = one_step("batch", 16, plain=False, learning_rate=1e-30)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
 
@@ -483,7 +497,7 @@ def test_pretraining_stays_on_the_gpu(fake_cuda, changes):
     """Augment, normalise, encode, project, NT-Xent."""
     module = fake_cuda(pretraining(**changes))
     with fake_cuda.mode:
-        loss = module.training_step((fake_images(),), 0)["loss"]
+        loss = module.training_step((fake_images(),), 1)["loss"]
     assert (loss.device.type, loss.shape, loss.dtype) == ("cuda", (), torch.float32)
 
 
@@ -528,4 +542,4 @@ def test_a_mix_of_devices_would_be_noticed(fake_cuda):
     with fake_cuda.mode:
         module.normalize.std = torch.ones(3, 1, 1)
         with pytest.raises(RuntimeError, match="device"):
-            module.training_step((fake_images(),), 0)
+            module.training_step((fake_images(),), 1)

@@ -303,8 +303,8 @@ def test_the_number_of_launches_in_a_step_does_not_grow(fake_cuda):  # noqa: F81
     module = fake_cuda(pretraining())
     with fake_cuda.mode:
         images = fake_images()
-        views = simCLR.two_views(images, module.config)
-        augment = calls_of(lambda: simCLR.two_views(images, module.config))
+        views = simCLR.random_views(images, module.config)
+        augment = calls_of(lambda: simCLR.random_views(images, module.config))
         encode = calls_of(lambda: module.model(views))
     assert augment <= AUGMENT
     assert encode <= ENCODE

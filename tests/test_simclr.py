@@ -260,7 +260,7 @@ def test_one_step_stays_on_its_device():
         encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(14), nn.Flatten())
         model = simCLR.SimCLRModel(encoder, 8, 16, 5)
         images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
-        loss = fn.nt_xent_loss(model(simCLR.two_views(images, make_config(blur=0.5))), 0.5)
+        loss = fn.nt_xent_loss(model(simCLR.random_views(images, make_config(blur=0.5))), 0.5)
     assert loss.device.type == "cuda"
 
 

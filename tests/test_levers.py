@@ -1,0 +1,236 @@
+"""SimCLR's levers: encoders, heads, optimizers."""
+
+import math
+
+import pytest
+import torch
+from helpers import make_config, randn, user_error
+from torch import nn
+from torchvision import models
+
+import functions as fn
+import simCLR
+from contrastive.lars import LARS
+
+# ------------------------------------------------------------------------------------------------
+# Encoders and heads
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_another_activation_stands_where_torchvision_has_relu(name, activation):
+    encoder, _ = simCLR.build_encoder(name, "imagenet", activation=activation)
+    theirs = getattr(models, name)()
+    theirs.fc = nn.Identity()
+    for block in theirs.modules():
+        if hasattr(block, "relu"):
+            block.relu = getattr(
+                nn, {"gelu": "GELU", "silu": "SiLU"}.get(activation, "LeakyReLU")
+            )()
+    theirs.load_state_dict(encoder.state_dict(), strict=True)
+    x = torch.rand(2, 3, 24, 24)
+    torch.testing.assert_close(encoder.eval()(x), theirs.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_resnet101_is_torchvisions():
+    encoder, dim = simCLR.build_encoder("resnet101", "imagenet")
+    theirs = models.resnet101().double()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(encoder.double().state_dict(), strict=True)
+    x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    assert dim == 2048
+    torch.testing.assert_close(encoder.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("side", [8, 33, 96])
+def test_images_of_any_side_become_representations(stem, side):
+    encoder, dim = simCLR.build_encoder("resnet18", stem)
+    assert encoder.eval()(torch.rand(1, 3, side, side)).shape == (1, dim)
+
+
+def test_an_unknown_activation_is_named():
+    assert "--activation swish" in user_error(
+        simCLR.build_encoder, "resnet18", "cifar", "batch", "swish"
+    )
+
+
+def test_no_head_compares_the_representation_itself():
+    h = randn(5, 8)
+    assert torch.equal(simCLR.build_head(8, layers=0)(h), h)
+
+
+def test_one_layer_is_a_linear_head():
+    (layer,) = simCLR.build_head(8, 16, 5, layers=1)
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight.shape == (5, 8)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_the_head_is_its_formula(layers, norm):
+    """z = W_L ReLU(norm(W_{L-1} ... ReLU(norm(W_1 h))))."""
+    head = simCLR.build_head(8, 32, 5, norm, layers)
+    linear = [module for module in head if isinstance(module, nn.Linear)]
+    assert len(linear) == layers
+    h = x = torch.randn(9, 8)
+    for layer in linear[:-1]:
+        assert (layer.bias is None) == (norm != "none")
+        x = nn.functional.linear(x, layer.weight, layer.bias)
+        if norm == "batch":
+            x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        elif norm == "group":
+            x = nn.functional.group_norm(x, 32)
+        x = x.relu()
+    expected = nn.functional.linear(x, linear[-1].weight, linear[-1].bias)
+    torch.testing.assert_close(head(h), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_heads_dropout_is_for_training_alone():
+    head = simCLR.build_head(8, 1000, 5, "none", dropout=0.25)
+    hidden = head[:-1]
+    h = torch.randn(1, 8).abs()
+    kept = hidden(h)
+    head.eval()
+    whole = hidden(h)
+    dropped = (kept == 0) & (whole > 0)
+    assert 0.15 < dropped.sum() / (whole > 0).sum() < 0.35
+    torch.testing.assert_close(kept[~dropped], whole[~dropped] / 0.75)
+
+
+def test_the_default_head_is_bit_for_bit_what_it_was():
+    torch.manual_seed(3)
+    head = simCLR.build_head(8, 16, 5)
+    torch.manual_seed(3)
+    before = nn.Sequential(
+        nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Linear(16, 5)
+    )
+    assert head.state_dict().keys() == before.state_dict().keys()
+    for ours, theirs in zip(head.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_is_its_algorithm(nesterov, decay):
+    """You et al. 2017, Algorithm 1, written out: three steps of a weight and of a bias."""
+    rate, m, trust = 0.7, 0.9, 0.001
+    w, b = randn(4, 3), randn(4, seed=1)
+    parameters = nn.Parameter(w.clone()), nn.Parameter(b.clone())
+    optimizer = LARS(parameters, rate, m, decay, trust, nesterov)
+    v_w, v_b = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(3):
+        g_w, g_b = randn(4, 3, seed=10 + step), randn(4, seed=20 + step)
+        parameters[0].grad, parameters[1].grad = g_w.clone(), g_b.clone()
+        optimizer.step()
+
+        scale = trust * w.norm() / (g_w.norm() + decay * w.norm())
+        u_w, u_b = rate * scale * (g_w + decay * w), rate * (g_b + decay * b)
+        v_w, v_b = m * v_w + u_w, m * v_b + u_b
+        w = w - (u_w + m * v_w if nesterov else v_w)
+        b = b - (u_b + m * v_b if nesterov else v_b)
+        torch.testing.assert_close(parameters[0].detach(), w)
+        torch.testing.assert_close(parameters[1].detach(), b)
+
+
+def test_lars_moves_every_layer_by_the_same_share_whatever_its_gradient():
+    layers = [nn.Parameter(randn(5, 5, seed=i)) for i in range(3)]
+    before = [layer.detach().clone() for layer in layers]
+    for i, layer in enumerate(layers):
+        layer.grad = randn(5, 5, seed=9 + i) * 10.0 ** (3 * i)
+    LARS(layers, 0.5).step()
+    shares = [
+        float((a - b.detach()).norm() / a.norm()) for a, b in zip(before, layers, strict=True)
+    ]
+    assert shares == pytest.approx([0.5 * 0.001] * 3)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_lars_does_not_divide_by_zero(zero):
+    w = nn.Parameter(torch.zeros(2, 2) if zero == "weight" else torch.ones(2, 2))
+    w.grad = torch.zeros(2, 2) if zero == "gradient" else torch.ones(2, 2)
+    LARS([w], 0.5).step()
+    assert w.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        ("sgd", torch.optim.SGD),
+        ("lars", LARS),
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+    ],
+)
+def test_weights_decay_and_biases_do_not(optimizer, kind):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    config = make_config(optimizer=optimizer, weight_decay=0.01, batch_size=256, momentum=0.8)
+    made = simCLR.make_optimizer(list(model.parameters()), config)
+    assert type(made) is kind
+    weights, others = made.param_groups
+    assert [p.ndim for p in weights["params"]] == [2]
+    assert [p.ndim for p in others["params"]] == [1, 1, 1]
+    assert (weights["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    assert made.defaults["lr"] == {"sgd": 0.06, "lars": 0.3}.get(optimizer, 0.001)
+    if optimizer in ("sgd", "lars"):
+        assert made.defaults["momentum"] == 0.8
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("linear", 1.2), ("sqrt", 0.6), ("none", 0.3)])
+def test_the_rate_follows_the_batch_as_it_is_told(scaling, rate, capsys):
+    """Appendix B.1; a batch of 1,024 is four times 256."""
+    config = make_config(learning_rate=0.3, batch_size=1024, scaling=scaling)
+    assert simCLR.actual_learning_rate(config) == pytest.approx(rate)
+    assert math.isclose(simCLR.SCALINGS[scaling](1.0), 1.0)
+
+
+@pytest.mark.parametrize("flags", [{"optimizer": "adam"}, {"momentum": 0.0}])
+def test_nesterov_needs_momentum(flags):
+    assert "--nesterov" in user_error(make_config(nesterov=True, **flags).validate)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_other_optimizers_and_views_train_and_resume(optimizer, run_here, tmp_path):
+    """End to end, with four views, a mean target and a deeper head; cut off, and gone on with."""
+    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 3]
+    flags += ["--views", 4, "--positives", "mean", "--decoupled", "--head_layers", 3]
+    flags += ["--head_norm", "none", "--head_dropout", 0.1, "--optimizer", optimizer]
+    flags += ["--scaling", "sqrt", "--activation", "silu", "--crop_scale", 0.3]
+    flags += ["--crop_scale_max", 0.6, "--batch_size", 100, "--checkpoint_every", 0]
+    flags += ["--precision", "fp32"]
+    whole = run_here("simCLR.py", *flags, "--output_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "batch 100 x 4 views (396 negatives per view)" in whole.stdout
+    assert "x sqrt(100/256) =" in whole.stdout
+
+    flags += ["--output_dir", "parts"]
+    parts = run_here("simCLR.py", *flags, "--max_time", "00:00:00:01", cwd=tmp_path)
+    assert "--max_time is over" in parts.stdout
+    assert run_here("simCLR.py", "--resume", "parts", cwd=tmp_path).returncode == 0
+    ours, theirs = (
+        torch.load(tmp_path / name / "encoder.pt", weights_only=True) for name in ("parts", "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_encoder_of_another_activation_is_measured_with_it(run_here, tmp_path):
+    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--activation", "gelu"]
+    flags += ["--no-baselines", "--knn_k", 5]
+    done = run_here(
+        "simCLR.py", *flags, "--stages", "pretrain,knn", "--output_dir", "a", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    flags = ["--dataset", "digits", "--stages", "knn", "--checkpoint", "a", "--no-baselines"]
+    done = run_here("simCLR.py", *flags, "--knn_k", 5, "--output_dir", "b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [fn.load_config(simCLR.Config, tmp_path / name / "config.yaml") for name in "ab"]
+    assert [config.activation for config in results] == ["gelu", "gelu"]
+    numbers = [(tmp_path / name / "results.json").read_text() for name in "ab"]
+    first, again = (text.partition('"knn"')[2].split("}")[0] for text in numbers)
+    assert first == again
