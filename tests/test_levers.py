@@ -195,11 +195,23 @@ def test_nesterov_needs_momentum(flags):
     assert "--nesterov" in user_error(make_config(nesterov=True, **flags).validate)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_other_optimizers_and_views_train_and_resume(optimizer, run_here, tmp_path):
+@pytest.mark.parametrize("optimizer", ["lars", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, run_here, tmp_path):
     """End to end, with four views, a mean target and a deeper head; cut off, and gone on with."""
-    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet", "--epochs", 3]
-    flags += ["--views", 4, "--positives", "mean", "--decoupled", "--head_layers", 3]
+    flags = ["--dataset", image_folder, "--image_size", 8, "--stages", "pretrain"]
+    flags += [
+        "--stem",
+        "imagenet",
+        "--epochs",
+        3,
+        "--views",
+        4,
+        "--positives",
+        "mean",
+        "--decoupled",
+        "--head_layers",
+        3,
+    ]
     flags += ["--head_norm", "none", "--head_dropout", 0.1, "--optimizer", optimizer]
     flags += ["--scaling", "sqrt", "--activation", "silu", "--crop_scale", 0.3]
     flags += ["--crop_scale_max", 0.6, "--batch_size", 100, "--checkpoint_every", 0]

@@ -75,7 +75,7 @@ def test_simclr_leaves_the_documented_run_folder(simclr_run):
 def test_simclr_prints_one_line_per_epoch_and_no_noise(simclr_run):
     _, done = simclr_run
     assert done.stderr == ""
-    line = r"^epoch \d/2  train loss [\d.]+  k-NN [\d.]+ %.*images/s"
+    line = r"^epoch \d/2  train loss [\d.]+  contrastive [\d.]+ %  k-NN [\d.]+ %  rank z.*images/s"
     assert len(re.findall(line, done.stdout, re.M)) == 2
     assert "hardest classes" in done.stdout
     assert re.search(r"pretrained encoder +[\d.]+ % +[\d.]+ %", done.stdout)
@@ -333,7 +333,12 @@ def script_in_a_shell(how, *flags, cwd):
     )
 
 
-@pytest.mark.parametrize("how", ["", ">&-", "2>&-", ">&- 2>&-", "| head -1", "> /dev/full"])
+SHELL = ["", ">&-", "2>&-", "| head -1", "> /dev/full"]
+
+
+@pytest.mark.parametrize(
+    "how", [">&- 2>&-", *(pytest.param(how, marks=pytest.mark.slow) for how in SHELL)]
+)
 def test_nothing_that_becomes_of_the_output_ends_a_run(how, awkward, tmp_path):
     flags = ["--dataset", awkward, "--image_size", 8, "--batch_size", 8]
     flags += ["--epochs", 1, "--output_dir", "out"]
@@ -366,7 +371,7 @@ def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path)
             assert max(image.size) < 1500
 
 
-@pytest.mark.parametrize("copies", [1, 16])
+@pytest.mark.parametrize("copies", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
     """scikit-learn's search would end the whole process, by a segmentation fault."""
     for split, count in (("train", 8), ("test", 2 * copies)):
