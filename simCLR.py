@@ -640,10 +640,10 @@ def main(config: Config) -> None:
     untrained = copy.deepcopy(encoder)
     head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm
     model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
-    normalize = fn.Normalize(data.pretraining_images)
+    recorded = None
     if file is not None:
         load_encoder(encoder, file)
-        normalize = normalize_of(file) or normalize
+        recorded = normalize_of(file)
 
     n, side = len(data.pretraining_images), data.train_images.shape[-1]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -659,6 +659,7 @@ def main(config: Config) -> None:
             pretrained = pretrain(model, data, config, folder)
             results["pretrain"] = pretrained.results
         if config.stages_list != ["pretrain"]:
+            normalize = recorded or fn.Normalize(data.pretraining_images)
             evaluation = evaluate(encoder, untrained, normalize, data, config, folder)
             results |= evaluation.results()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from images.folders import some
 from machinery.errors import CannotWrite, UserError
-from machinery.files import locked, write_atomically
+from machinery.files import locked, replace, write_atomically
 
 MOST_MEGAPIXELS = 250  # of one file; decoded, that is a gigabyte
 CHUNK = 256  # images that are decoded before the next are looked at
@@ -151,7 +151,7 @@ def decode_into(place: Path, files: Sequence[str], size: int) -> None:
 
     images = torch.from_numpy(np.load(part, mmap_mode="c"))
     write_atomically(place / "sha256", hash_of(images).encode())
-    os.replace(part, place / "images.npy")
+    replace(part, place / "images.npy")
     note.unlink(missing_ok=True)
 
 

@@ -117,8 +117,9 @@ def class_files(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
     for split in splits:
         walk = Walk(folder, folder / "train", folder / "test")
         walks.append(walk)
-        beside = [entry for entry in seen(folder / split) if not entry.is_dir()]
-        classes = [entry for entry in seen(folder / split) if entry.is_dir()]
+        there = seen(folder / split)
+        beside = [entry for entry in there if not entry.is_dir()]
+        classes = [entry for entry in there if entry.is_dir()]
         files = walk.files({entry.path: normal(entry.name) for entry in classes})
         check(bool(files), f"--dataset: no images in {folder / split}/<class>/")
 
