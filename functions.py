@@ -67,7 +67,13 @@ from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_mem
 from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
 from machinery.output import lasting_output, shown, width  # noqa: F401
 from machinery.run_folder import Run  # noqa: F401
-from machinery.training import Checkpoints, EpochLog, fit, make_trainer  # noqa: F401
+from machinery.training import (  # noqa: F401
+    AveragedWeights,
+    Checkpoints,
+    EpochLog,
+    fit,
+    make_trainer,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
+from contrastive.arithmetic import arithmetic, in_words
 from contrastive.augmentation import (
     color_jitter,
     crop_schedule,
@@ -46,16 +47,19 @@ from contrastive.caching import GradientCache
 from contrastive.evaluation import (  # noqa: F401
     EvaluationSettings,
     LinearClassifier,
+    Resized,
     draw,
     evaluate,
+    recalibrate,
 )
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
-from contrastive.memory import bytes_of_a_step, memory_line
-from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_normalize
+from contrastive.memory import memory_line, needed_bytes
+from contrastive.pretrained import as_trained, encoder_file, load_encoder, normalize_of
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
-from functions import REDUCED, Batches, ImageDataset, check
+from contrastive.whitening import whiten
+from functions import Batches, ImageDataset, check
 
 # ------------------------------------------------------------------------------------------------
 # Section 3, Appendix A: data augmentation, t ~ T
@@ -150,6 +154,8 @@ class EncoderAndHead(fn.Settings):
     """normalisation of the head's hidden layers (as --norm unless given)"""
     head_dropout: float = 0.0
     """share of the head's hidden units dropped in each step"""
+    whiten: bool = False
+    """start the first layer from the whitened principal components of the images' patches"""
     compile: bool = False
     """compile the model with torch.compile: meant for GPUs"""
 
@@ -336,6 +342,9 @@ class Optimisation(fn.SeveralDevices):
     B.1), or not at all"""
     weight_decay: float = 5e-4
     """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
+    ema: float | None = None
+    """the encoder is a moving average of the trained one, with this decay: 0.99 keeps about the
+    last 100 steps"""
     warmup_epochs: int = 10
     """epochs of linear warm-up before the cosine decay, at most a tenth of all epochs"""
     knn_every: int = 1
@@ -348,6 +357,7 @@ class Optimisation(fn.SeveralDevices):
         self.require("learning_rate", fn.POSITIVE)
         self.require("weight_decay warmup_epochs", fn.NOT_NEGATIVE)
         self.require("momentum", fn.BELOW_1)
+        self.require("ema", fn.PART)
         possible = self.momentum > 0 and self.optimizer in ("sgd", "lars")
         remedy = "take sgd or lars, with momentum, or leave it out"
         check(possible or not self.nesterov, f"--nesterov is about momentum: {remedy}")
@@ -421,6 +431,11 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
     RunConfig stands last so that a config.yaml begins with the data set.
     """
 
+    def validate(self) -> None:
+        super().validate()
+        fits = self.norm == "batch" or not self.recalibrate
+        check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
+
     script: ClassVar[str] = "simCLR.py"
     if_memory_runs_out: ClassVar[str] = (
         "give --micro_batch_size (the same result in less memory), or take a smaller --batch_size, "
@@ -443,6 +458,7 @@ class Pretraining(Monitored):
         self.model = model
         self.config = config
         self.normalize = fn.Normalize(images)
+        self.resize = Resized(config.evaluation_size)
         self.crop_sizes = crop_schedule(config.crop_size)
         self.batches = Batches(
             images,
@@ -466,12 +482,15 @@ class Pretraining(Monitored):
 
     def embed(self, images: Tensor) -> Tensor:
         """z of random views of each image: uint8 (N, 3, H, W) -> (M N, embedding_dim)."""
-        done = self.global_step / (self.config.epochs * len(self.batches))
-        last, _ = self.crop_sizes[-1]
-        size = next((side for side, share in self.crop_sizes if done < share), last)
+        size = self.side_at(self.global_step / (self.config.epochs * len(self.batches)))
         views = random_views(images, self.config, size, self.config.views)
         views = self.normalize(views).contiguous(memory_format=layout(self.device.type))
         return self.model(views)
+
+    def side_at(self, done: float) -> int | None:
+        """The side of the crops when so large a share of the training is done; None: no other."""
+        last, _ = self.crop_sizes[-1]
+        return next((side for side, share in self.crop_sizes if done < share), last)
 
     def gather(self, z: Tensor) -> Tensor:
         """The embeddings of all devices: (M N, D) of each -> (devices * M N, D), view by view.
@@ -485,7 +504,7 @@ class Pretraining(Monitored):
         return by_view.reshape(-1, d)  # all first views, then all second views
 
     def represent(self, images: Tensor) -> Tensor:
-        return self.model.get_encoder()(self.normalize(images))
+        return self.model.get_encoder()(self.normalize(self.resize(images)))
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -518,6 +537,8 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     kind = Pretraining if config.micro_batch_size is None else CachedPretraining
     monitor = knn_monitor(data, config.seed)
     module = kind(model, data.pretraining_images, monitor, config)
+    if config.whiten:
+        whiten(model.get_encoder().conv1, module.normalize, data.pretraining_images)
     if config.compile:
         # A graph for each crop size and micro-batch, with and without a gradient.
         torch._dynamo.config.recompile_limit = 64
@@ -527,11 +548,13 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     validation: dict[str, Any] = {"check_val_every_n_epoch": config.knn_every}
     if monitor is None:
         validation = {"limit_val_batches": 0}
+    decay, device = config.ema, config.machine.device
     trainer = fn.make_trainer(
         config.machine,
         config.seed,
         config.epochs,
         log,
+        [] if decay is None else [fn.AveragedWeights(decay, device)],
         folder=folder,
         checkpoint=fn.Checkpoints(folder / "checkpoints", log, every=config.checkpoint_every),
         max_time=config.max_time,
@@ -542,33 +565,28 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     print_plan(module)
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
 
-    state = model.get_encoder().state_dict()
-    fn.save_torch(folder / "encoder.pt", {name: value.cpu() for name, value in state.items()})
+    encoder = model.get_encoder()
+    if config.recalibrate:
+        recalibrate(encoder, module.normalize, data.pretraining_images, config)
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    fn.save_torch(folder / "encoder.pt", state)
     normalize = {"mean": module.normalize.mean, "std": module.normalize.std}
     pace = statistics.median(row["images_per_second"] for row in log.rows)
     results = {
         "epochs": len(log.rows),
         "steps": len(log.rows) * len(module.batches),
+        **arithmetic(module),
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "pairs_per_second": round(pace, 1),
         "final_loss": log.rows[-1]["train_loss"],
         "normalize": {name: value.flatten().tolist() for name, value in normalize.items()},
     }
+    print(f"pretraining took {in_words(results['macs'])}")
     return Pretrained(results, log.rows)
 
 
-def needed_bytes(module: Pretraining) -> int:
-    """What the largest step of a training will take of its device's memory."""
-    config, machine = module.config, module.config.machine
-    images = config.micro_batch_size or config.batch_size
-    own = module.batches.tensors[0].shape[-1]
-    side = max(side or own for side, _ in module.crop_sizes)
-    reduced = REDUCED.get(machine.precision)
-    return bytes_of_a_step(module.model, config.views * images, side, machine.device, reduced)
-
-
 def print_plan(module: Pretraining) -> None:
-    """What pretraining will do, for people: crops, batches, learning rate."""
+    """What pretraining will do, for people: crops, batches, arithmetic, learning rate."""
     config, n = module.config, module.config.effective_batch_size
     if config.crop_size is not None:
         crops = [f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes]
@@ -591,6 +609,9 @@ def print_plan(module: Pretraining) -> None:
     print(module.batches.where(device))
     if device.type == "cuda":
         print(memory_line(needed_bytes(module), fn.free_memory(device)))
+    cost = arithmetic(module)
+    each = f"{cost['macs_per_image'] / 1e6:,.1f} M multiply-accumulates a view"
+    print(f"{each}; in all {in_words(cost['macs'])}")
     by = {"linear": f" x {n}/256", "sqrt": f" x sqrt({n}/256)", "none": ""}[config.scaling]
     rate = f"{config.base_learning_rate:g}{by} = {actual_learning_rate(config):g}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
@@ -613,14 +634,6 @@ def check_data(data: ImageDataset, config: Config) -> None:
         remedy = f"take at most {most}"
         problem = f"--batch_size {wanted} is too large for the {n:,} images of {data.name}"
         check(wanted <= most, f"{problem}: {remedy}")
-
-
-def normalize_of(file: Path) -> fn.Normalize | None:
-    """How the encoder of --checkpoint was shown its images; says so if there is no record of it."""
-    normalize = load_normalize(file)
-    if normalize is None:
-        print(f"there is no record of how {file} saw its images: by this set's own statistics")
-    return normalize
 
 
 def main(config: Config) -> None:
@@ -660,6 +673,8 @@ def main(config: Config) -> None:
             results["pretrain"] = pretrained.results
         if config.stages_list != ["pretrain"]:
             normalize = recorded or fn.Normalize(data.pretraining_images)
+            if pretrained is None and config.recalibrate:
+                recalibrate(encoder, normalize, data.pretraining_images, config)
             evaluation = evaluate(encoder, untrained, normalize, data, config, folder)
             results |= evaluation.results()
 

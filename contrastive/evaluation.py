@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions as fn
@@ -33,6 +34,12 @@ class EvaluationSettings(fn.RunConfig):
     """what to do, comma-separated: pretrain, knn, probe, tsne"""
     checkpoint: str | None = None
     """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
+    evaluation_size: int | None = None
+    """side in pixels to which images are brought for the encoder (their own unless given); what
+    was trained on small crops may see larger images better"""
+    recalibrate: bool = False
+    """measure BatchNorm's statistics anew on training images as evaluation shows them, not
+    augmented; pretraining then leaves that encoder"""
     baselines: bool = True
     """also measure raw pixels and the untrained encoder"""
     label_fraction: float = 1.0
@@ -58,6 +65,9 @@ class EvaluationSettings(fn.RunConfig):
     def validate(self) -> None:
         super().validate()
         self.require("label_seeds knn_k probe_epochs", fn.at_least(1))
+        size = self.evaluation_size
+        fits = size is None or 4 <= size <= 1024
+        check(fits, f"--evaluation_size must be between 4 and 1024 pixels, got {size}")
         self.require("probe_batch_size", fn.at_least(2))
         self.require("label_fraction", fn.SHARE)
         self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
@@ -95,6 +105,51 @@ class EvaluationSettings(fn.RunConfig):
     def measures(self) -> bool:
         """Whether a stage compares accuracies."""
         return bool({"knn", "probe"} & set(self.stages_list))
+
+
+# ------------------------------------------------------------------------------------------------
+# The encoder as it is measured
+# ------------------------------------------------------------------------------------------------
+
+
+class Resized(nn.Module):
+    """Images at --evaluation_size: uint8, or float32 in [0, 1], (B, C, H, W) -> float32 in [0, 1]
+    (B, C, side, side), bilinear; None leaves them as they are."""
+
+    def __init__(self, side: int | None) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.side is None or images.shape[-1] == self.side:
+            return images
+        x = images / 255 if images.dtype == torch.uint8 else images
+        size = self.side, self.side
+        return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def recalibrate(
+    encoder: nn.Module,
+    normalize: fn.Normalize,
+    images: Tensor,
+    settings: EvaluationSettings,
+    most: int = 10_000,
+) -> None:
+    """Measure BatchNorm's running statistics anew, in place, on up to `most` of the images.
+
+    uint8 (N, C, H, W). Training has left a moving average over augmented crops, and over an encoder
+    that was still changing. Evaluation shows it whole images (Touvron et al. 2019, arXiv
+    1906.06423, Section 4: what changes with the size of the objects in a picture).
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
+    chosen = order[:most]  # in random order: a batch of one class alone has statistics of its own
+    batches = Batches(Subset(images, chosen), batch_size=min(500, len(chosen)), drop_last=True)
+    machine = settings.machine
+    fn.prepare_device(machine)
+    model = nn.Sequential(Resized(settings.evaluation_size), normalize, encoder).to(machine.device)
+    with machine.autocast():
+        torch.optim.swa_utils.update_bn(batches, model, torch.device(machine.device))
+    model.cpu()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -406,17 +461,20 @@ def evaluate(
     shared by every evaluation.
     """
     measured: dict[str, Measured] = {}
+    resize = Resized(settings.evaluation_size)
 
     # What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and
     # on simple images the pixels alone are hard to beat.
     if settings.baselines and settings.measures:
         print("measuring raw pixels and the untrained encoder", flush=True)
         own = fn.Normalize(data.pretraining_images)
-        for name, baseline in {"raw pixels": nn.Flatten(), "untrained encoder": untrained}.items():
-            features = features_of(nn.Sequential(own, baseline), data, settings)
+        pixels = nn.Sequential(own, nn.Flatten())
+        random = nn.Sequential(resize, own, untrained)
+        for name, baseline in {"raw pixels": pixels, "untrained encoder": random}.items():
+            features = features_of(baseline, data, settings)
             measured[name] = measure(features, settings)
 
-    h = features_of(nn.Sequential(normalize, encoder), data, settings)
+    h = features_of(nn.Sequential(resize, normalize, encoder), data, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
     print(f"measuring the pretrained encoder on {labelled}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+import functions as fn
+
 
 class Kept(saved_tensors_hooks):
     """Within this block, adds up the bytes that autograd keeps for backward, each storage once.
@@ -78,6 +80,16 @@ def fake_copy(model: nn.Module, device: str) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty) if is_parameter else empty
     return copy.deepcopy(model, memo).train()
+
+
+def needed_bytes(module: Any) -> int:
+    """What the largest step of a training will take of its device's memory."""
+    config, machine = module.config, module.config.machine
+    images = config.micro_batch_size or config.batch_size
+    own = module.batches.tensors[0].shape[-1]
+    side = max(side or own for side, _ in module.crop_sizes)
+    reduced = fn.REDUCED.get(machine.precision)
+    return bytes_of_a_step(module.model, config.views * images, side, machine.device, reduced)
 
 
 def memory_line(needed: float, free: float) -> str:

@@ -101,6 +101,14 @@ def load_normalize(file: Path) -> fn.Normalize | None:
     return None
 
 
+def normalize_of(file: Path) -> fn.Normalize | None:
+    """How the encoder of --checkpoint was shown its images; says so if there is no record of it."""
+    normalize = load_normalize(file)
+    if normalize is None:
+        print(f"there is no record of how {file} saw its images: by this set's own statistics")
+    return normalize
+
+
 def recorded_statistics(source: Path) -> tuple[Any, Any]:
     """Mean and deviation of each channel, as a results.json or a checkpoint has them."""
     if source.suffix == ".json":

@@ -31,7 +31,7 @@ CHUNK = 256  # images that are decoded before the next are looked at
 KEEP_EVERY = 2.0  # seconds between two notes of how far the decoding is
 
 # ------------------------------------------------------------------------------------------------
-# A folder's images, decoded once
+# A set's images, made once
 # ------------------------------------------------------------------------------------------------
 
 
@@ -44,16 +44,32 @@ def decode(folder: Path, files: list[str], data_dir: Path, size: int) -> tuple[T
     """
     name = folder.resolve().name[:60]
     place = data_dir / "cache" / f"{name}-{size}px-{digest(folder, files, size)}"
-    shape = (len(files), 3, size, size)
+    return made_once(place, files, size, f"decoding {len(files):,} images of {folder}")
+
+
+def resize(images: Tensor, size: int, name: str, data_dir: Path) -> tuple[Tensor, str]:
+    """A set's images uint8 (N, 3, H, W) at another size: as `decode` returns and keeps them.
+
+    Scaled as those of a folder are.
+    """
+    place = data_dir / "cache" / f"{name}-{size}px-{hash_of(images)[:16]}"
+    return made_once(place, images, size, f"resizing {len(images):,} images of {name}")
+
+
+def made_once(
+    place: Path, sources: Sequence[str] | Tensor, size: int, doing: str
+) -> tuple[Tensor, str]:
+    """What `decode_to` makes of files, or of images: mapped from `place`, where it is kept."""
+    shape = (len(sources), 3, size, size)
     if kept := mapped(place, shape):
         return kept
 
     try:
         with locked(place):
-            if kept := mapped(place, shape):  # another process has decoded them meanwhile
+            if kept := mapped(place, shape):  # another process has made them meanwhile
                 return kept
-            print(f"decoding {len(files):,} images of {folder} (once; kept in {place})", flush=True)
-            decode_into(place, files, size)
+            print(f"{doing} (once; kept in {place})", flush=True)
+            decode_into(place, sources, size)
         kept = mapped(place, shape)
         assert kept is not None
         return kept
@@ -62,7 +78,7 @@ def decode(folder: Path, files: list[str], data_dir: Path, size: int) -> tuple[T
         reason = " ".join(str(error).split())
         print(f"note: the decoded images are not kept for the next run ({reason})", file=sys.stderr)
         buffer = io.BytesIO()
-        decode_to(buffer, 0, files, size, Progress())
+        decode_to(buffer, 0, sources, size, Progress())
         images = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8).view(shape)
         return images, hash_of(images)
     except UserError:  # of files that are no images: once they are mended, all has another digest
@@ -115,7 +131,7 @@ class Progress:
     highest: dict[int, int] = field(default_factory=dict)
 
 
-def decode_into(place: Path, files: Sequence[str], size: int) -> None:
+def decode_into(place: Path, files: Sequence[str] | Tensor, size: int) -> None:
     """Decode files into place/images.npy, which appears whole or not at all."""
     part, note = place / "images.npy.part", place / "progress.json"
     progress = Progress()
@@ -158,12 +174,14 @@ def decode_into(place: Path, files: Sequence[str], size: int) -> None:
 def decode_to(
     file: IO[bytes],
     offset: int,
-    files: Sequence[str],
+    files: Sequence[str] | Tensor,
     size: int,
     progress: Progress,
     keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Decode those of `files` that are not done, on all processors, one after another from offset.
+
+    What was decoded before, uint8 (N, 3, H, W), may stand in their place, to be scaled.
 
     Grey images of more than 8 bits have one scale in common, so that the same level is the same
     grey in all of them: the smallest usual number of bits that holds the highest level of all.
@@ -205,7 +223,7 @@ def decode_to(
         print(f"{len(deep):,} of them are grey with levels up to {most:,}: read as {bits} bits")
         for start in range(0, len(deep), CHUNK):
             chunk_of_deep = deep[start : start + CHUNK]
-            found_again = pool.map(lambda i: read_image(files[i], size, bits), chunk_of_deep)
+            found_again = pool.map(lambda i: read_image(str(files[i]), size, bits), chunk_of_deep)
             for i, pixels in zip(chunk_of_deep, found_again, strict=True):
                 assert isinstance(pixels, np.ndarray)
                 file.seek(offset + i * row)
@@ -235,12 +253,22 @@ def in_one_line(problems: Sequence[str]) -> str:
 REMEDY = ": replace or remove it"
 
 
-def try_image(file: str, size: int) -> np.ndarray | int | UserError:
+def try_image(file: str | Tensor, size: int) -> np.ndarray | int | UserError:
     """`read_image`, or what is wrong with the file."""
+    if isinstance(file, Tensor):
+        return scaled(file, size)
     try:
         return read_image(file, size)
     except UserError as error:
         return error
+
+
+def scaled(image: Tensor, size: int) -> np.ndarray:
+    """An image uint8 (3, H, W) as `read_image` would return a file of it."""
+    from PIL import Image, ImageOps
+
+    rgb = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC))
 
 
 def read_image(file: str | Path, size: int, bits: int | None = None) -> np.ndarray | int:

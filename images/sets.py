@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from images.decoding import decode, hash_of
+from images.decoding import decode, hash_of, resize
 from images.folders import class_files, count_line, flat_files, numbered
 from machinery.errors import UserError, check
 from machinery.files import locked
@@ -95,23 +95,39 @@ def load_dataset(
 ) -> ImageDataset:
     """Load a data set by name, or a folder of images.
 
-    A folder's images are made square, `image_size` pixels a side, 32 unless given. CIFAR-10, -100
-    and STL-10 are downloaded into `data_dir` when they are not there. Raises UserError.
+    Images are made square, `image_size` pixels a side: unless given 32 for a folder, and their own
+    for the others. CIFAR-10, -100 and STL-10 are downloaded into `data_dir` when they are not
+    there. Raises UserError.
     """
     if name == "digits":
-        return load_digits()
+        return at_size(load_digits(), image_size, Path(data_dir))
 
     if name in ("cifar10", "cifar100", "stl10"):
         try:
             with locked(Path(data_dir)):  # two processes must not download it at once
-                return download(name, Path(data_dir))
+                data = download(name, Path(data_dir))
         except OSError as error:
             problem = f"--data_dir {data_dir} cannot be used ({error.strerror})"
             raise UserError(f"{problem}: name another folder") from None
+        return at_size(data, image_size, Path(data_dir))
 
     known = "cifar10, cifar100, stl10, digits"
     check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of {known}")
     return load_folder(Path(name), Path(data_dir), image_size or 32)
+
+
+def at_size(data: ImageDataset, size: int | None, data_dir: Path) -> ImageDataset:
+    """The same set with its images brought to another size, once; None leaves them as they are."""
+    if size in (None, data.train_images.shape[-1]):
+        return data
+    hashes = []
+    changed: dict[str, Any] = {}
+    for part in ("train_images", "test_images", "unlabelled_images"):
+        images = getattr(data, part)
+        if images is not None:
+            changed[part], pixels = resize(images, size, data.name, data_dir)
+            hashes.append(pixels)
+    return replace(data, **changed, pixels=" ".join(hashes))
 
 
 def load_digits() -> ImageDataset:

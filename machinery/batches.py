@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import lightning
 import numpy as np
@@ -76,6 +77,10 @@ class Batches:
         self.epoch = 0
         self.device = torch.device("cpu")  # where batches are wanted
         self.kept = True  # the whole set is there
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Batches:
+        """A copy that shares the images: they may be larger than the memory."""
+        return copy.copy(self)
 
     def __len__(self) -> int:
         n, step = len(self.tensors[0]), self.batch_size * self.ranks

@@ -98,8 +98,8 @@ class DataSettings(Settings):
     data_dir: str = "data"
     """where data sets are downloaded to, and decoded image folders are cached"""
     image_size: int | None = None
-    """side in pixels to which the images of a folder are brought (32 unless given); other sets
-    keep their own"""
+    """side in pixels to which images are brought: unless given, 32 for those of a folder, and
+    their own for other sets"""
 
     def validate(self) -> None:
         super().validate()

@@ -16,10 +16,11 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from machinery.batches import EpochSeed
 from machinery.checkpoints import SafeCheckpoints, newest_sound
@@ -279,6 +280,23 @@ class TimeLimit(Callback):
         next_end = time.monotonic() + self.epoch_log.rows[-1]["seconds"]
         stop = next_end >= self.end
         trainer.should_stop = trainer.strategy.broadcast(stop)  # the first process decides for all
+
+
+class AveragedWeights(WeightAveraging):
+    """An exponential moving average of the weights and of BatchNorm's statistics.
+
+    After each step a share of 1 - decay of the new weights. It is what validation sees, what
+    checkpoints call state_dict, and what is left at the end; what is trained goes on beside it.
+    """
+
+    def __init__(self, decay: float, device: str) -> None:
+        # Not Lightning's own EMAWeightAveraging: its formula rounds what is constant, such as the
+        # images' mean, anew in every step; this one (lerp) leaves it as it is.
+        super().__init__(device=device, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # A run that is resumed after its last epoch trains no more, and has no on_train_end.
+        self.on_train_end(trainer, pl_module)
 
 
 class ProgressBar(TQDMProgressBar):

@@ -84,6 +84,36 @@ def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp
     assert len(events) == 1, "the first process alone writes"
 
 
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--positives", "mean"],
+        ["--decoupled", "true"],
+        ["--micro_batch_size", 50],
+        ["--precision", "bf16"],
+    ],
+    ids=lambda flags: "-".join(map(str, flags)).strip("-") or "each",
+)
+def test_two_processes_are_one_with_four_views_too(more, run, tmp_path):
+    """Each process has its images' views; together they are, view by view, the whole batch's."""
+    flags = [*ONE_STEP, *PLAIN, "--views", 4, "--stages", "pretrain", "--seed", 1, *more]
+    for name, devices in (("one", 1), ("two", 2)):
+        batch = ["--batch_size", 720 // devices, "--devices", devices]
+        micro = [] if devices == 2 else ["--micro_batch_size", 720]
+        flags_here = [*flags, *batch, *(micro if "--micro_batch_size" in more else [])]
+        done = run("simCLR.py", *flags_here, "--output_dir", name, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "x 4 views (2,876 negatives per view)" in done.stdout
+
+    close = 1e-2 if "bf16" in more else 1e-5
+    whole, ours = gradient(tmp_path / "one"), gradient(tmp_path / "two")
+    assert loss(tmp_path / "two") == pytest.approx(loss(tmp_path / "one"), rel=close)
+    assert float((ours - whole).norm() / whole.norm()) < (0.1 if "bf16" in more else 1e-5)
+
+
 def torchrun(nodes, port, flags, cwd):
     """Start `torchrun` for one of the nodes, with one process; all nodes are this machine."""
     words = ["--nnodes", nodes, "--nproc_per_node", 1]

@@ -48,6 +48,8 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/losses.py": set(),
     "contrastive/lars.py": set(),
     "contrastive/memory.py": set(),
+    "contrastive/arithmetic.py": {"memory"},
+    "contrastive/whitening.py": set(),
     "contrastive/pretrained.py": set(),
     "contrastive/evaluation.py": {"figures", "pretrained"},
 }

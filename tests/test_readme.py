@@ -21,11 +21,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results/README.md").read_text()
 PAGES = {ROOT / "README.md": README, ROOT / "results/README.md": RESULTS}
+PAGES |= {path: path.read_text() for path in ROOT.glob("docs/*.md")}
 SCRIPTS = {"rnn.py": rnn, "simCLR.py": simCLR, "rnn_hyperparameter_tune.py": tune}
 
-TEXTS = [README, *(module.__doc__ or "" for module in SCRIPTS.values())]
+TEXTS = [*PAGES.values(), *(module.__doc__ or "" for module in SCRIPTS.values())]
 TEXTS += [path.read_text() for path in ROOT.glob("configs/*")]
 TEXTS += [path.read_text() for path in (ROOT / "results").rglob("*.md")]
+TEXTS = [re.sub(r" *\\\n *", " ", text) for text in TEXTS]  # commands of several lines
 
 COMMAND = r"python \w+\.py(?: +(?!#)[^\s`#|]+)*"
 COMMANDS = sorted({found.strip("`") for text in TEXTS for found in re.findall(COMMAND, text)})
@@ -107,7 +109,7 @@ def test_files_that_the_pages_link_to_exist():
 def test_every_flag_the_readme_mentions_exists():
     configs = [module.Config for module in SCRIPTS.values()]
     known = {f"--{name}" for config in configs for name in config.__dataclass_fields__}
-    mentioned = set(re.findall(r"`(--\w+)", README))
+    mentioned = {flag for text in PAGES.values() for flag in re.findall(r"`(--\w+)", text)}
     assert mentioned <= known | {"--config", "--print_config", "--help"}
 
 
@@ -128,7 +130,7 @@ def accuracies(value):
 def rows_with_numbers():
     """Each row of a table that names the folder of its numbers, and each docstring that does."""
     for page, text in PAGES.items():
-        prefix = "results/" if page.parent == ROOT else ""
+        prefix = {ROOT: "results/", ROOT / "docs": "../results/"}.get(page.parent, "")
         rows = [line for line in text.splitlines() if line.startswith("|")]
         for row in rows:
             if found := re.search(rf"\]\({prefix}([\w-]+)\) \|$", row):
