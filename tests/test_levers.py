@@ -1,6 +1,7 @@
 """SimCLR's levers: encoders, heads, optimizers."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,3 +247,69 @@ def test_an_encoder_of_another_activation_is_measured_with_it(run_here, tmp_path
     numbers = [(tmp_path / name / "results.json").read_text() for name in "ab"]
     first, again = (text.partition('"knn"')[2].split("}")[0] for text in numbers)
     assert first == again
+
+
+def torchvisions(config):
+    """The same encoder, made by torchvision's own constructor, as the README says."""
+    group = {"norm_layer": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
+    encoder = getattr(models, config.encoder)(**(group if config.norm == "group" else {}))
+    if config.stem == "cifar":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        encoder.maxpool = nn.Identity()
+    encoder.fc = nn.Identity()
+    kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+    for block in encoder.modules():
+        if hasattr(block, "relu"):
+            block.relu = kinds[config.activation]()
+    return encoder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_layers": 0},
+        {"head_layers": 1, "norm": "group"},
+        {"head_layers": 3, "head_norm": "none", "head_dropout": 0.2, "activation": "gelu"},
+        {"stem": "cifar", "head_norm": "group", "activation": "leaky_relu", "whiten": True},
+        {"encoder": "resnet34", "norm": "group", "activation": "silu", "ema": 0.5},
+        pytest.param({"encoder": "resnet50", "stem": "cifar"}, marks=pytest.mark.slow),
+        pytest.param({"encoder": "resnet50", "norm": "group"}, marks=pytest.mark.slow),
+        pytest.param({"encoder": "resnet101", "activation": "gelu"}, marks=pytest.mark.slow),
+        pytest.param({"encoder": "resnet101", "stem": "cifar"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_an_encoder_is_trained_exported_and_loaded_by_torchvision(changes, tmp_path):
+    """Two steps on digits; what was trained and what torchvision makes of encoder.pt are equal."""
+    settings = {"stem": "imagenet", "batch_size": 16, "epochs": 1, "hidden_dim": 64} | changes
+    config = make_config(**settings)
+    images = fn.load_dataset("digits").train_images[:32]
+    data = fn.ImageDataset("digits", images, None, None, None, ())
+    architecture = config.encoder, config.stem, config.norm, config.activation
+    encoder, dim = simCLR.build_encoder(*architecture)
+    norm = config.head_norm or config.norm
+    head = config.hidden_dim, config.embedding_dim, norm, config.head_layers, config.head_dropout
+    model = simCLR.SimCLRModel(encoder, dim, *head)
+    before = [p.clone() for p in encoder.parameters()]
+    assert simCLR.pretrain(model, data, config, tmp_path).results["steps"] == 2
+    assert not any(torch.equal(p, old) for p, old in zip(encoder.parameters(), before, strict=True))
+
+    theirs = torchvisions(config)
+    theirs.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True), strict=True)
+    x = fn.Normalize(images)(images)
+    encoder, theirs = encoder.double().eval(), theirs.double().eval()
+    torch.testing.assert_close(encoder(x.double()), theirs(x.double()))
+
+
+@pytest.mark.slow
+def test_the_papers_setting_trains(run_here, tmp_path):
+    """The README's command, for two steps on digits."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    command = text[text.index("python simCLR.py --encoder resnet50 --optimizer lars") :]
+    command = command.partition("```")[0].replace("\\\n", " ")
+    _, script, *flags = command.split()
+    flags += ["--dataset", "digits", "--epochs", 1, "--batch_size", 700, "--stages", "pretrain"]
+    done = run_here(script, *flags, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lars, learning rate 1 = 1, warm-up" in done.stdout
+    assert "2 steps an epoch" in done.stdout
