@@ -19,7 +19,7 @@ check: .venv/ready-for-tests  ## lint, format and types
 	$(BIN)/mypy
 
 benchmarks: .venv/ready-for-benchmarks  ## side by side with alternatives; an hour, on a machine that does nothing else
-	for name in augmentation loss convolution step recurrent startup growth microbatch large_sets memory; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in augmentation loss convolution step recurrent startup growth microbatch large_sets memory signals; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

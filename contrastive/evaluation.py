@@ -25,7 +25,34 @@ STAGES = ("pretrain", "knn", "probe", "tsne")
 
 
 @dataclass
-class EvaluationSettings(fn.RunConfig):
+class ProbeSettings(fn.Settings):
+    """How the classes are read off the features."""
+
+    title: ClassVar[str] = "k-NN and linear probe"
+
+    knn_k: int = 200
+    """neighbours that vote in k-NN"""
+    knn_temperature: float = 0.1
+    """tau of the votes' weights in k-NN"""
+    probe: Literal["sgd", "lbfgs"] = "sgd"
+    """how the linear probe is trained: step by step with curves, or to the optimum of logistic
+    regression"""
+    probe_epochs: int = 100
+    """epochs of the linear probe"""
+    probe_batch_size: int = 512
+    """images per batch of the linear probe"""
+    probe_learning_rate: float = 0.03
+    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("knn_k probe_epochs", fn.at_least(1))
+        self.require("probe_batch_size", fn.at_least(2))
+        self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
+
+
+@dataclass
+class EvaluationSettings(ProbeSettings, fn.RunConfig):
     """What to measure, and how."""
 
     title: ClassVar[str] = "evaluation"
@@ -48,29 +75,14 @@ class EvaluationSettings(fn.RunConfig):
     """besides, how far a few labels get: one number per class, or several, as 1,2,10"""
     label_seeds: int = 10
     """how often --labels_per_class draws which images have a label"""
-    knn_k: int = 200
-    """neighbours that vote in k-NN"""
-    knn_temperature: float = 0.1
-    """tau of the votes' weights in k-NN"""
-    probe: Literal["sgd", "lbfgs"] = "sgd"
-    """how the linear probe is trained: step by step with curves, or to the optimum of logistic
-    regression"""
-    probe_epochs: int = 100
-    """epochs of the linear probe"""
-    probe_batch_size: int = 512
-    """images per batch of the linear probe"""
-    probe_learning_rate: float = 0.03
-    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
 
     def validate(self) -> None:
         super().validate()
-        self.require("label_seeds knn_k probe_epochs", fn.at_least(1))
+        self.require("label_seeds", fn.at_least(1))
         size = self.evaluation_size
         fits = size is None or 4 <= size <= 1024
         check(fits, f"--evaluation_size must be between 4 and 1024 pixels, got {size}")
-        self.require("probe_batch_size", fn.at_least(2))
         self.require("label_fraction", fn.SHARE)
-        self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
         _ = self.label_counts
 
         if "pretrain" in self.stages_list:

@@ -363,7 +363,7 @@ def test_a_step_that_does_not_fit_is_told_before_it_is_tried(free, advice, monke
 
 def test_the_largest_step_is_the_one_that_is_told(monkeypatch):
     asked = []
-    monkeypatch.setattr(simCLR, "bytes_of_a_step", lambda *a: asked.append(a[1:]) or 0)
+    monkeypatch.setattr(memory, "bytes_of_a_step", lambda *a: asked.append(a[1:]) or 0)
     simCLR.needed_bytes(pretraining(crop_size="16:0.5,24:1"))
     simCLR.needed_bytes(pretraining(micro_batch_size=4))
     assert asked == [(16, 24, "cpu", torch.bfloat16), (8, 32, "cpu", torch.bfloat16)]

@@ -53,6 +53,7 @@ def test_simclr_leaves_the_documented_run_folder(simclr_run):
     assert set(results) == COMMON | {"pretrain", "baselines", "knn", "probe"}
 
     wanted = {"epochs", "steps", "seconds", "pairs_per_second", "final_loss", "normalize"}
+    wanted |= {"views", "images_seen", "macs_per_image", "macs"}
     assert set(results["pretrain"]) == wanted
     assert (results["pretrain"]["epochs"], results["pretrain"]["steps"]) == (2, 2 * (300 // 32))
 
