@@ -30,6 +30,7 @@ from tqdm import tqdm
 from images.sets import (  # noqa: F401
     ImageDataset,
     complement,
+    hold_out,
     load_dataset,
     per_class_subset,
     stratified_subset,

@@ -644,6 +644,8 @@ def main(config: Config) -> None:
         return
     data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
     run.is_about(data.description())
+    if config.validation_fraction:
+        data = fn.hold_out(data, config.validation_fraction)
     check_data(data, config)
 
     torch.manual_seed(config.seed)

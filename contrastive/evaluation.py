@@ -61,6 +61,9 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
     """what to do, comma-separated: pretrain, knn, probe, tsne"""
     checkpoint: str | None = None
     """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
+    validation_fraction: float = 0.0
+    """share of the training images that is held out, and measured on instead of the test images:
+    what chooses settings is not to see those"""
     evaluation_size: int | None = None
     """side in pixels to which images are brought for the encoder (their own unless given); what
     was trained on small crops may see larger images better"""
@@ -83,6 +86,7 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
         fits = size is None or 4 <= size <= 1024
         check(fits, f"--evaluation_size must be between 4 and 1024 pixels, got {size}")
         self.require("label_fraction", fn.SHARE)
+        self.require("validation_fraction", fn.BELOW_1)
         _ = self.label_counts
 
         if "pretrain" in self.stages_list:
@@ -112,6 +116,11 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
         remedy = "give numbers of at least 1, as 1,2,10"
         check(valid, f"--labels_per_class {self.labels_per_class}: {remedy}")
         return sorted({int(word) for word in words})
+
+    @property
+    def held_out(self) -> str:
+        """What accuracies are measured on: the test images, or validation images."""
+        return "validation" if self.validation_fraction else "test"
 
     @property
     def measures(self) -> bool:
@@ -196,11 +205,11 @@ class Probe(fn.Classification):
     """A linear classifier on features (B, D): SGD with momentum, and a cosine schedule."""
 
     def __init__(
-        self, model: nn.Linear, train: Batches, test: Batches, learning_rate: float, epochs: int
+        self, model: nn.Linear, train: Batches, test: Batches, settings: EvaluationSettings
     ) -> None:
-        super().__init__(model, train, test, held_out="test")
-        self.learning_rate = learning_rate
-        self.epochs = epochs
+        super().__init__(model, train, test, held_out=settings.held_out)
+        self.learning_rate = settings.probe_learning_rate
+        self.epochs = settings.probe_epochs
 
     def configure_optimizers(self) -> Any:
         parameters, steps = self.model.parameters(), self.epochs * len(self.train_batches)
@@ -277,12 +286,12 @@ def train_by_sgd(
         seed=settings.seed,
     )
     test = Batches(features.test, features.test_labels, batch_size=5000)
-    epochs, learning_rate = settings.probe_epochs, settings.probe_learning_rate
+    epochs = settings.probe_epochs
 
     log = fn.EpochLog(quiet=True)
     rate = "--probe_learning_rate"
     trainer = fn.make_trainer(settings.machine, settings.seed, epochs, log, rate=rate)
-    fn.fit(trainer, Probe(linear, train, test, learning_rate, epochs))
+    fn.fit(trainer, Probe(linear, train, test, settings))
     linear.cpu()
     return log.rows
 
@@ -487,7 +496,7 @@ def evaluate(
             measured[name] = measure(features, settings)
 
     h = features_of(nn.Sequential(resize, normalize, encoder), data, settings)
-    labelled = f"{len(h.train):,} labelled and {len(h.test):,} test images"
+    labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
     print(f"measuring the pretrained encoder on {labelled}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew
     # in every epoch. What is saved is the whole classifier, from images to logits.
@@ -496,12 +505,12 @@ def evaluate(
     if ours.probe is not None:
         fn.save_torch(folder / "classifier.pt", classifier.state_dict())
         train, test = fn.percent(ours.probe.train_accuracy), fn.percent(ours.probe.test_accuracy)
-        print(f"linear probe: train {train}, test {test}")
+        print(f"linear probe: train {train}, {settings.held_out} {test}")
         fn.print_per_class(ours.probe.per_class)
     if settings.measures:
-        print_table(measured)
+        print_table(measured, settings.held_out)
     if ours.few_labels:
-        print_few_labels(few_labels(measured), settings.label_seeds)
+        print_few_labels(few_labels(measured), settings)
     return Evaluation(measured, h)
 
 
@@ -535,7 +544,9 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         fn.plot_confusion_matrix(ours.probe.predicted, labels, h.classes, file, "Linear probe")
         if ours.probe.curves:
             title = "Linear probe on the frozen representation"
-            fn.plot_curves({"probe": ours.probe.curves}, "test", folder / "probe.png", title)
+            fn.plot_curves(
+                {"probe": ours.probe.curves}, settings.held_out, folder / "probe.png", title
+            )
 
     if ours.few_labels:
         curves = {
@@ -550,10 +561,10 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
 
 
-def print_table(measured: dict[str, Measured]) -> None:
-    """The outcome at a glance: accuracy on the test images, a row per representation."""
+def print_table(measured: dict[str, Measured], held_out: str) -> None:
+    """The outcome at a glance: accuracy on the held-out images, a row per representation."""
     methods = list(next(iter(measured.values())).accuracies())
-    rows = [["test accuracy", *methods]]
+    rows = [[f"{held_out} accuracy", *methods]]
     for name, outcome in measured.items():
         rows.append([name, *map(fn.percent, outcome.accuracies().values())])
     print()
@@ -561,7 +572,7 @@ def print_table(measured: dict[str, Measured]) -> None:
     print()
 
 
-def print_few_labels(few: dict[str, list[FewLabels]], draws: int) -> None:
+def print_few_labels(few: dict[str, list[FewLabels]], settings: EvaluationSettings) -> None:
     """Accuracies with few labels: a row for each number of labels per class."""
     representations = [name.split()[0] for name in few]  # raw, untrained, pretrained
     rows = [
@@ -574,6 +585,7 @@ def print_few_labels(few: dict[str, list[FewLabels]], draws: int) -> None:
             row.append(mean_and_deviation(found.knn_accuracies))
             row.append(mean_and_deviation(found.probe_accuracies))
         rows.append(row)
-    print(f"  test accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
+    what, draws = f"{settings.held_out} accuracy", f"{settings.label_seeds} draws of the labels"
+    print(f"  {what}, mean ± standard deviation of {draws}:\n")
     fn.print_columns(rows)
     print()

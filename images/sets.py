@@ -15,6 +15,7 @@ from torch import Tensor
 
 from images.decoding import decode, hash_of, resize
 from images.folders import class_files, count_line, flat_files, numbered
+from machinery.batches import Subset
 from machinery.errors import UserError, check
 from machinery.files import locked
 
@@ -245,6 +246,28 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
 # ------------------------------------------------------------------------------------------------
 # Parts of a set
 # ------------------------------------------------------------------------------------------------
+
+
+def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
+    """A stratified `fraction` of the training images in the place of the test images.
+
+    The same ones whatever the run's seed: runs that are compared are measured on the same images.
+    Raises UserError for a set without labels, or with too few images of a class.
+    """
+    labels = data.train_labels
+    problem = f"--validation_fraction {fraction}: {data.name}"
+    if labels is None:
+        raise UserError(f"{problem} has no classes to take a share of: leave it out")
+    chosen = stratified_subset(labels, fraction, seed=0)
+    rest = complement(chosen, len(labels))
+    lost = sorted(set(count_labels(labels)) - set(count_labels(labels[rest])))
+    names = ", ".join(data.classes[label] for label in lost)
+    check(not lost, f"{problem} would have no training image of {names} left: take a smaller one")
+    parts: dict[str, Any] = {}
+    for name, part in (("train", rest), ("test", chosen)):
+        parts[f"{name}_images"] = Subset(data.train_images, part)  # nothing is copied
+        parts[f"{name}_labels"] = labels[part]
+    return replace(data, **parts)
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -346,3 +346,52 @@ def test_a_named_set_at_another_size_trains(run_here, tmp_path):
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1,438 images of 12 pixels" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------
+# --validation_fraction
+# ------------------------------------------------------------------------------------------------
+
+
+def test_held_out_images_take_the_place_of_the_test_images():
+    """Stratified, none in both parts, and the same whatever else is drawn."""
+    data = fn.load_dataset("digits")
+    torch.manual_seed(5)
+    part = fn.hold_out(data, 0.2)
+    assert len(part.train_images) + len(part.test_images) == len(data.train_images)
+    for c in range(10):
+        expected = round(0.2 * int((data.train_labels == c).sum()))
+        assert int((part.test_labels == c).sum()) == expected
+    both = torch.cat([part.train_images[:], part.test_images[:]]).flatten(1)
+    assert torch.equal(both.sort(0).values, data.train_images.flatten(1).sort(0).values)
+    chosen = fn.stratified_subset(data.train_labels, 0.2, seed=0)
+    assert torch.equal(part.test_images[:], data.train_images[chosen])
+    assert torch.equal(part.test_labels, data.train_labels[chosen])
+
+
+def test_a_class_is_not_held_out_whole():
+    images = randint(256, 5, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    data = fn.ImageDataset("x", images, labels, None, None, ("cat", "dog"))
+    assert "no training image of dog left" in user_error(fn.hold_out, data, 0.2)
+    data.train_labels = None
+    assert "no classes" in user_error(fn.hold_out, data, 0.2)
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_settings_are_chosen_without_the_test_images(probe, run_here, tmp_path, monkeypatch):
+    """They are not looked at, and what is printed says so."""
+    data = fn.load_dataset("digits")
+    data.test_images.zero_()
+    monkeypatch.setattr(fn, "load_dataset", lambda *_: data)
+    flags = [*SHORT[:-3], "--stages", "pretrain,knn,probe", "--probe", probe, "--probe_epochs", 5]
+    flags += ["--baselines", "true", "--validation_fraction", 0.25, "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1,079 images of 8 pixels" in done.stdout
+    assert "1,079 labelled and 359 validation images" in done.stdout
+    assert "validation accuracy" in done.stdout
+    assert "test accuracy" not in done.stdout
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["pretrain"]["images_seen"] == 3 * 900
+    assert results["baselines"]["raw_pixels"]["knn"]["accuracy"] > 0.9
