@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +163,32 @@ def gpu_record() -> dict[str, Any] | None:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_mib": properties.total_memory // 2**20,
-        "peak_mib": torch.cuda.max_memory_allocated() // 2**20,
+        "peak_mib": max(peak_mib(), *PEAKS),
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "tf32": torch.backends.cudnn.allow_tf32,
     }
+
+
+PEAKS = [0]
+"""MiB: what `peak_mib` has returned so far"""
+
+
+def peak_mib() -> int:
+    """The most memory of the GPU that was allocated since this was last asked, in MiB."""
+    PEAKS.append(torch.cuda.max_memory_allocated() // 2**20)
+    torch.cuda.reset_peak_memory_stats()
+    return PEAKS[-1]
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, as nvidia-smi names it; None where it does not."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+        return next(iter(done.stdout.split()), None)
+    return None
 
 
 def free_memory(device: torch.device) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ import filelock
 import lightning
 import torch
 
+from machinery import files
 from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
 from machinery.devices import gpu_record, started_together
@@ -121,7 +121,7 @@ class Run:
             leftover.unlink()
         # An earlier end's results are not this one's, but they are kept until there are new ones.
         if (self.folder / "results.json").is_file():
-            os.replace(self.folder / "results.json", self.folder / EARLIER)
+            files.replace(self.folder / "results.json", self.folder / EARLIER)
         save_config(self.folder / "config.yaml", self.config)
         if self.data is not None:
             text = json.dumps(self.data, indent=2)

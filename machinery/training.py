@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from machinery.batches import EpochSeed
 from machinery.checkpoints import SafeCheckpoints, newest_sound
-from machinery.devices import Machine, prepare_device
+from machinery.devices import Machine, peak_mib, prepare_device
 from machinery.durations import format_time, parse_duration
 from machinery.errors import Diverged, TimeIsUp, UserError, is_out_of_memory
 from machinery.files import save_torch, write_csv
@@ -166,7 +166,7 @@ class EpochLog(Callback):
             "seconds": round(time.perf_counter() - self.start, 3),
         }
         if trainer.strategy.root_device.type == "cuda":
-            row["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
+            row["peak_mib"] = peak_mib()
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["epoch"]))

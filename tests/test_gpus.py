@@ -21,7 +21,7 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
 from contrastive import augmentation, evaluation, memory
-from machinery import devices, files, processes, training
+from machinery import checkpoints, devices, files, processes, run_folder, training
 
 # ------------------------------------------------------------------------------------------------
 # Which device, which precision
@@ -134,9 +134,14 @@ def test_results_say_what_the_gpu_is(gpu, monkeypatch):
     gpu((9, 0))
     found = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_000)
+    monkeypatch.setattr(devices, "PEAKS", [0, 5, 3])
+    for name, value in (("max_memory_allocated", 2**20), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    answer = SimpleNamespace(stdout="580.65.06\n580.65.06\n")
+    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: answer)
     record = devices.gpu_record()
+    assert record["driver"] == "580.65.06"
     assert (record["name"], record["capability"], record["peak_mib"]) == ("a GPU", "9.0", 5)
     assert record["memory_mib"] == 80 * 1024
     assert {"cuda", "cudnn", "tf32"} < record.keys()
@@ -553,3 +558,185 @@ def test_each_crop_size_and_micro_batch_has_its_graph(tmp_path, monkeypatch):
     model = simCLR.SimCLRModel(encoder, 4, 8, 4, "group")
     simCLR.pretrain(model, data, config, tmp_path)
     assert counter.frame_count == 5 * 2 * 2  # crops, micro-batches of 8 and 7, with gradient or not
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the mends are used
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_weights_lie_as_the_maps_do(device, monkeypatch, tmp_path):
+    """A convolution whose weights lie channels last gives such maps, whatever it is given."""
+    seen = []
+
+    def pretrain(model, *_):
+        seen.append(model.encoder.layer1[0].conv1.weight)
+        raise fn.UserError("seen")
+
+    monkeypatch.setattr(simCLR, "pretrain", pretrain)
+    monkeypatch.setattr(simCLR, "show_views", lambda *_: None)
+    machine = property(lambda self: devices.Machine(device, "fp32"))
+    monkeypatch.setattr(simCLR.Config, "machine", machine)
+    config = make_config(stages="pretrain", output_dir=str(tmp_path / "out"))
+    assert user_error(simCLR.main, config) == "seen"
+    last = device == "cpu"
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == last
+    assert seen[0].is_contiguous() != last
+
+
+def test_a_set_without_room_on_a_device_stays_where_it_is(monkeypatch):
+    monkeypatch.setattr(fn.Batches, "fits", lambda *_: False)
+    moved = fn.Batches(torch.zeros(20, 3), batch_size=10).to(torch.device("meta"))
+    assert moved.tensors[0].device.type == "cpu"
+    assert [batch.device.type for (batch,) in moved] == ["meta", "meta"]
+
+
+def test_those_that_torchrun_started_wait_for_the_first_to_end(monkeypatch):
+    """torchrun takes down a run whose processes do not all end within five minutes."""
+    done = []
+
+    def ended(status):
+        done.append(f"ended {status}")
+        raise SystemExit
+
+    monkeypatch.setattr(processes.TorchElasticEnvironment, "detect", lambda: True)
+    monkeypatch.setattr(dist, "new_group", lambda timeout, **_: timeout)
+    monkeypatch.setattr(dist, "barrier", done.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("left"))
+    monkeypatch.setattr(os, "_exit", ended)
+
+    monkeypatch.setattr(processes.rank_zero_only, "rank", 1)
+    with pytest.raises(SystemExit):
+        processes.leave_or_wait()
+    patient, end = done
+    assert patient >= timedelta(days=1)
+    assert end == "ended 0"
+
+    done.clear()
+    monkeypatch.setattr(processes.rank_zero_only, "rank", 0)
+    processes.leave_or_wait()
+    assert done == []  # it goes on, and evaluates
+    processes.release()
+    assert done == [patient, "left"]
+
+
+def test_each_worker_of_a_study_is_given_a_gpu_first_of_all(monkeypatch):
+    done = []
+
+    class AtOnce:
+        """A worker's process, which is over as soon as it is started."""
+
+        exitcode = 0
+
+        def __init__(self, target, args, daemon):
+            self.start = lambda: target(*args)
+
+        def is_alive(self):
+            return False
+
+        kill = join = is_alive
+
+    context = SimpleNamespace(Process=AtOnce)
+    monkeypatch.setattr(fn.trials.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(fn.trials, "end_with_parent", lambda: None)
+    monkeypatch.setattr(fn, "take_gpu", lambda index: done.append(index))
+    monkeypatch.setattr(tune, "work_quietly", lambda *_: done.append("work"))
+    study = SimpleNamespace(get_trials=lambda deepcopy: [])
+    assert fn.trials.run_workers(study, tune.work, (None, 1), print, 3) == []
+    assert done == [0, "work", 1, "work", 2, "work"]
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """Each replacement of a file is refused once, as by Windows while somebody reads it."""
+    replace, refused = os.replace, set()
+
+    def refusing(*names):
+        if names not in refused:
+            refused.add(names)
+            raise PermissionError(13, "in use")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+
+
+def test_a_checkpoint_that_somebody_reads_is_replaced_when_they_have_done(in_use, tmp_path):
+    last = tmp_path / "last.ckpt"
+    for value in (1, 2):
+        checkpoints.SafeCheckpoints().save_checkpoint({"value": value}, last)
+    assert checkpoints.load_checkpoint(last) == {"value": 2}
+    assert checkpoints.load_checkpoint(checkpoints.previous(last)) == {"value": 1}
+
+
+def test_earlier_results_that_somebody_reads_are_kept_when_they_have_done(in_use, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    fn.Run(make_config(resume=str(tmp_path))).prepare()
+    assert (tmp_path / run_folder.EARLIER).read_text() == "{}"
+
+
+def test_results_json_has_what_the_gpu_is(monkeypatch):
+    machine = property(lambda self: devices.Machine("cuda", "bf16"))
+    monkeypatch.setattr(simCLR.Config, "machine", machine)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(run_folder, "gpu_record", lambda: {"peak_mib": 5})
+    assert fn.Run(make_config()).record()["gpu"] == {"peak_mib": 5}
+
+
+def test_an_epochs_row_has_the_peak_of_the_gpus_memory(monkeypatch):
+    peaks = iter([5 * 2**20, 3 * 2**20])  # since it was last set back
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("set back"))
+    done = []
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer = SimpleNamespace(world_size=1, current_epoch=0, loggers=[], strategy=strategy)
+    trainer.check_val_every_n_epoch, trainer.callback_metrics = 1, {}
+    trainer.optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)]
+    log = fn.EpochLog(quiet=True)
+    for _ in range(2):
+        log.on_train_epoch_start(trainer, None)
+        log.training_end += 1
+        log.on_train_epoch_end(trainer, None)
+    assert [row["peak_mib"] for row in log.rows] == [5, 3]
+    assert done == ["set back"] * 2
+
+
+def test_without_a_driver_there_is_no_version_of_it(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(devices.subprocess, "run", missing)
+    assert devices.driver_version() is None
+
+
+def test_the_gradient_by_row_is_taken_on_the_cpu_where_the_gpu_is_apples(monkeypatch):
+    split = randint(256, 8, 3, 8, 8, dtype=torch.uint8), randint(3, 8)
+    splits = rnn.Splits(split, split, split, ("a", "b", "c"))
+    config = rnn.Config(batch_size=4)
+    module = rnn.RowClassification(rnn.SimpleRNN(24, 8, 1, 3, 4, 4), splits, config)
+    seen = []
+    monkeypatch.setattr(module, "to", lambda device: seen.append(device) or module)
+    shares = rnn.gradient_by_row(module, *split, devices.Machine("mps", "fp32"))
+    assert seen == ["cpu"]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_checkpoints_come_as_the_flag_says(monkeypatch, tmp_path):
+    seen = []
+
+    class Seen(fn.Checkpoints):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            seen.append(self.every)
+            raise fn.UserError("seen")
+
+    monkeypatch.setattr(fn, "Checkpoints", Seen)
+    images, labels = randint(256, 8, 3, 8, 8, dtype=torch.uint8), randint(3, 8)
+    splits = rnn.Splits(*[(images, labels)] * 3, ("a", "b", "c"))
+    config = rnn.Config(batch_size=4, checkpoint_every=7, accelerator="cpu")
+    user_error(rnn.train, config, "rnn", splits, tmp_path)
+    data = fn.ImageDataset("x", images, None, None, None, ())
+    model = simCLR.SimCLRModel(nn.Flatten(), 192)
+    user_error(simCLR.pretrain, model, data, make_config(checkpoint_every=7), tmp_path)
+    assert seen == [7, 7]
