@@ -1,6 +1,7 @@
 """The scripts accept every command that a page shows, and every number on it was measured."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -247,3 +248,17 @@ def test_the_table_of_the_study_is_that_of_the_results():
     assert f"{pruned} and saved {study['epochs_saved']:,.0f} of" in RESULTS
     epochs = study["epochs"] + study["epochs_saved"]
     assert f"{epochs:,.0f} epochs" in RESULTS
+
+
+def test_the_diary_is_what_was_measured():
+    """Each of its lines is a run that the configuration it begins from and its flags make again."""
+    path = ROOT / "results/simclr/diary.py"
+    spec = importlib.util.spec_from_file_location("diary", path)
+    diary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(diary)
+    entries = json.loads((path.parent / "diary.json").read_text())
+    assert (path.parent / "diary.md").read_text() == diary.page(entries)
+    begin = ["--config", str(ROOT / "configs/cifar10_search.yaml")]
+    for entry in entries:
+        fn.parse_config(simCLR.Config, [*begin, *entry["flags"].split()])
+        assert 0.02 < entry["macs"] / diary.T < 1
