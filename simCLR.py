@@ -689,10 +689,11 @@ def main(config: Config) -> None:
 
 
 def show_views(images: Tensor, config: Config, file: Path, count: int = 10) -> None:
-    """Draw `count` random images, and two views of each."""
+    """Draw `count` random images, and the views of each as the first step would see them."""
     torch.manual_seed(config.seed)
     chosen = images[torch.randperm(len(images))[:count]]
-    figures.plot_views(chosen, random_views(chosen, config), file)
+    size, _ = crop_schedule(config.crop_size)[0]
+    figures.plot_views(chosen, random_views(chosen, config, size, config.views), file)
 
 
 if __name__ == "__main__":

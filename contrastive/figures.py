@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions as fn
@@ -14,21 +15,25 @@ import functions as fn
 
 @fn.drawing
 def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
-    """Images in the top row, two random views of each below.
+    """Images in the top row, up to four random views of each below.
 
-    images: uint8 (N, 3, H, W). views: float32 (2N, 3, H, W) in [0, 1]; i and i + N are a pair.
+    images: uint8 (N, 3, H, W). views: float32 (M N, 3, size, size) in [0, 1]; rows i, i + N ... are
+    of image i. Smaller crops are shown as large as the images, each pixel a square.
     """
     from torchvision.utils import make_grid
 
-    side = images.shape[-1]
+    n, side = len(images), images.shape[-1]
     gap = max(1, side // 16)
+    views = F.interpolate(views[: 4 * n], (side, side))
     rows = torch.cat([images / 255, views])  # a row of the grid each: images, first, second views
-    grid = make_grid(rows, nrow=len(images), padding=gap, pad_value=1)
+    grid = make_grid(rows, nrow=n, padding=gap, pad_value=1)
 
-    figure, axis = fn.new_figure(10, 3.4)
+    count = len(views) // n
+    figure, axis = fn.new_figure(10, 1 + 0.8 * (1 + count))
     axis.imshow(grid.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     axis.set(title="What the encoder must recognise as the same image", xticks=[])
-    axis.set_yticks([(r + 0.5) * (side + gap) for r in range(3)], ["image", "view 1", "view 2"])
+    names = ["image", *(f"view {v}" for v in range(1, count + 1))]
+    axis.set_yticks([(r + 0.5) * (side + gap) for r in range(1 + count)], names)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     fn.save_figure(figure, file)

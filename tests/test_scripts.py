@@ -402,3 +402,18 @@ def test_the_demo_beats_raw_pixels_and_the_untrained_encoder(run, tmp_path):
             assert ours["labels_per_class"] == theirs["labels_per_class"] == count
             for method in ("knn_accuracies", "probe_accuracies"):
                 assert mean(ours[method]) > mean(theirs[method]) + 0.05
+
+
+def test_the_figure_of_views_shows_what_the_first_step_sees(monkeypatch, tmp_path):
+    """As many views, of crops as small."""
+    seen = []
+    monkeypatch.setattr(simCLR.figures, "plot_views", lambda *a: seen.append(a))
+    images = fn.load_dataset("digits").train_images
+    config = simCLR.Config(dataset="digits", views=3, crop_size="4:0.5,8:1", flip=0.0)
+    simCLR.show_views(images, config, tmp_path / "views.png", count=5)
+    ((chosen, views, _),) = seen
+    assert chosen.shape == (5, 3, 8, 8)
+    assert views.shape == (15, 3, 4, 4)
+    monkeypatch.undo()
+    simCLR.figures.plot_views(chosen, views, tmp_path / "views.png")
+    assert (tmp_path / "views.png").is_file()
