@@ -21,6 +21,7 @@ from contrastive.arithmetic import T  # noqa: E402
 
 BASE = fn.load_config(simCLR.Config, HERE.parent.parent / "configs" / "cifar10_search.yaml")
 WHERE = ("dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time")
+WHERE += ("stages", "checkpoint")
 
 INTRODUCTION = """# The search for a recipe
 
@@ -31,7 +32,9 @@ Made by `python results/simclr/diary.py`. Each run is
 with the flags of its line: CIFAR-10 (JPEG copy), four epochs' worth of two 16-pixel views of 40,000
 training images. Linear (L-BFGS, 20,000 labels) and k-NN are accuracies on 10,000 other training
 images, at 32 pixels; the test images were not looked at. The standard error of one accuracy is half
-a point. T is the unit of arithmetic: the textbook run (see the README).
+a point. T is the unit of arithmetic: the textbook run (see the README). The minutes are those of
+pretraining, in bfloat16 on one thread of an Intel Xeon with AMX, beside other work: no measure of
+speed.
 
 | flags | seed | T | linear | k-NN | minutes | threads | commit |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
@@ -39,24 +42,36 @@ a point. T is the unit of arithmetic: the textbook run (see the README).
 
 
 def entry(run: Path) -> dict[str, Any]:
-    """What the diary keeps of a finished run."""
+    """What the diary keeps of a finished run, or of a run whose encoder was measured once more.
+
+    Of the latter it keeps what pretraining and measuring at once would have had for flags.
+    """
     results = json.loads((run / "results.json").read_text())
     config = fn.load_config(simCLR.Config, run / "config.yaml")
-    flags = {
-        name: value
-        for name, value in vars(config).items()
-        if value != getattr(BASE, name) and name not in WHERE
-    }
+    flags = changed(config)
+    if config.checkpoint:
+        earlier = Path(config.checkpoint)
+        results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
+        flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml")) | flags
     return {
         "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
         "seed": config.seed,
         "macs": results["pretrain"]["macs"],
         "linear": results["probe"]["test_accuracy"],
         "knn": results["knn"]["accuracy"],
-        "seconds": results["seconds"],
+        "seconds": round(results["pretrain"]["seconds"]),
         "threads": results["threads"],
         "precision": results["precision"],
         "commit": results["git_commit"][:7],
+    }
+
+
+def changed(config: simCLR.Config) -> dict[str, Any]:
+    """The flags in which a run differs from the file that all begin from."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value != getattr(BASE, name) and name not in WHERE
     }
 
 
