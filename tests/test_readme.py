@@ -262,3 +262,11 @@ def test_the_diary_is_what_was_measured():
     for entry in entries:
         fn.parse_config(simCLR.Config, [*begin, *entry["flags"].split()])
         assert 0.02 < entry["macs"] / diary.T < 1
+
+
+def test_a_quarter_of_the_arithmetic_is_what_was_measured():
+    found = results_of("cifar10-quarter")
+    assert found["pretrain"]["macs"] < 3.33e15 / 4
+    assert f"| {found['pretrain']['macs'] / 3.33e15:.3f} |" in RESULTS
+    shares = [f"{100 * share:.1f}" for share in found["probe"]["per_class"].values()]
+    assert " | ".join(["| linear", *shares]) in RESULTS
