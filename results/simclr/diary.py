@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
+from contrastive.evaluation import EvaluationSettings, ProbeSettings  # noqa: E402
 
 BASE = fn.load_config(simCLR.Config, HERE.parent.parent / "configs" / "cifar10_search.yaml")
 WHERE = ("dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time")
@@ -52,6 +53,8 @@ def entry(run: Path) -> dict[str, Any]:
     if config.checkpoint:
         earlier = Path(config.checkpoint)
         results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
+        of_evaluation = EvaluationSettings.__annotations__ | ProbeSettings.__annotations__
+        flags = {name: value for name, value in flags.items() if name in of_evaluation}
         flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml")) | flags
     return {
         "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
