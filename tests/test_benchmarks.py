@@ -18,6 +18,7 @@ from benchmarks import (
     growth,
     loss,
     recurrent,
+    signals,
     step,
     table,
     usual,
@@ -126,11 +127,21 @@ def test_the_smallest_of_each_benchmark_runs(monkeypatch):
     assert recurrent.usual_loop("rnn") > 0
     assert growth.loss(4) == growth.knn(20) == 1
     assert growth.pretraining(600, steps=3) > 0
+    assert signals.signals(4) == 1000
 
 
 @pytest.mark.slow
 def test_the_whole_step_is_measured_on_the_program_itself():
     assert step.ours("imagenet", "--batch_size", "8", "--precision", "fp32", images=16) > 0
+
+
+def test_the_signals_cost_less_than_a_fiftieth_of_an_epoch():
+    """What was measured, not what this machine does now."""
+    found = json.loads((table.FOLDER / "signals.json").read_text())["groups"]
+    for (name, rows), steps in zip(found.items(), (195, 390), strict=True):
+        assert f"{steps} steps" in name
+        epoch = steps * rows["a step"]["median"]
+        assert rows["the signals of an epoch"]["median"] < 0.02 * epoch
 
 
 def test_the_tables_are_what_was_measured():
