@@ -431,16 +431,16 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
     RunConfig stands last so that a config.yaml begins with the data set.
     """
 
-    def validate(self) -> None:
-        super().validate()
-        fits = self.norm == "batch" or not self.recalibrate
-        check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
-
     script: ClassVar[str] = "simCLR.py"
     if_memory_runs_out: ClassVar[str] = (
         "give --micro_batch_size (the same result in less memory), or take a smaller --batch_size, "
         "--crop_size or --encoder"
     )
+
+    def validate(self) -> None:
+        super().validate()
+        fits = self.norm == "batch" or not self.recalibrate
+        check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
 
 
 # ------------------------------------------------------------------------------------------------
