@@ -51,11 +51,12 @@ from contrastive.evaluation import (  # noqa: F401
     draw,
     evaluate,
     recalibrate,
+    up_to_layer,
 )
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
 from contrastive.memory import memory_line, needed_bytes
-from contrastive.pretrained import as_trained, encoder_file, load_encoder, normalize_of
+from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_head, normalize_of
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
 from contrastive.whitening import whiten
@@ -262,20 +263,10 @@ class SimCLRModel(nn.Module):
     Evaluation uses h = f(x) (Section 4.2). What follows `feature_dim` is `build_head`'s.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        feature_dim: int,
-        hidden_dim: int = 512,
-        embedding_dim: int = 128,
-        norm: str = "batch",
-        layers: int = 2,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, encoder: nn.Module, feature_dim: int, *head: Any, **named: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        head = feature_dim, hidden_dim, embedding_dim, norm, layers, dropout
-        self.projection_head = build_head(*head)
+        self.projection_head = build_head(feature_dim, *head, **named)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.encoder(x)  # (B, feature_dim)
@@ -637,8 +628,9 @@ def check_data(data: ImageDataset, config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    file = encoder_file(config.checkpoint) if config.checkpoint else None
-    config = as_trained(config, file) if file else config
+    beyond_h = config.probe_layer > 0
+    file = encoder_file(config.checkpoint, beyond_h) if config.checkpoint else None
+    config = as_trained(config, file, beyond_h) if file else config
     run = fn.Run(config)
     if run.is_finished():
         return
@@ -655,9 +647,12 @@ def main(config: Config) -> None:
     untrained = copy.deepcopy(encoder)
     head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm
     model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
+    measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
     recorded = None
     if file is not None:
         load_encoder(encoder, file)
+        if beyond_h:
+            load_head(model.projection_head, file)
         recorded = normalize_of(file)
 
     n, side = len(data.pretraining_images), data.train_images.shape[-1]
@@ -677,7 +672,7 @@ def main(config: Config) -> None:
             normalize = recorded or fn.Normalize(data.pretraining_images)
             if pretrained is None and config.recalibrate:
                 recalibrate(encoder, normalize, data.pretraining_images, config)
-            evaluation = evaluate(encoder, untrained, normalize, data, config, folder)
+            evaluation = evaluate(measured, untrained, normalize, data, config, folder)
             results |= evaluation.results()
 
         # The numbers first: no figure is worth losing them.

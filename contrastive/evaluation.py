@@ -43,10 +43,14 @@ class ProbeSettings(fn.Settings):
     """images per batch of the linear probe"""
     probe_learning_rate: float = 0.03
     """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
+    probe_layer: int = 0
+    """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
+    as --head_layers is z (Section 4.2)"""
 
     def validate(self) -> None:
         super().validate()
         self.require("knn_k probe_epochs", fn.at_least(1))
+        self.require("probe_layer", fn.NOT_NEGATIVE)
         self.require("probe_batch_size", fn.at_least(2))
         self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
 
@@ -95,7 +99,7 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
         else:
             needed = f"--stages {self.stages} needs --checkpoint, a run's folder or encoder.pt"
             check(self.checkpoint is not None, needed)
-            encoder_file(self.checkpoint or "")
+            encoder_file(self.checkpoint or "", head=self.probe_layer > 0)
 
     @property
     def stages_list(self) -> list[str]:
@@ -171,6 +175,21 @@ def recalibrate(
     with machine.autocast():
         torch.optim.swa_utils.update_bn(batches, model, torch.device(machine.device))
     model.cpu()
+
+
+def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int) -> nn.Module:
+    """h itself for layer 0, or what so many linear layers of the head make of it.
+
+    Images (B, 3, H, W) -> (B, D). A hidden layer is taken after its normalisation and ReLU. Raises
+    UserError for more layers than there are.
+    """
+    if layer == 0:
+        return encoder
+    linear = [place for place, part in enumerate(head) if isinstance(part, nn.Linear)]
+    most = f"the head has {len(linear)} layers, take at most as many"
+    check(layer <= len(linear), f"--probe_layer {layer}: {most}")
+    end = [*linear, len(head)][layer]  # where the next one stands, or the head's end
+    return nn.Sequential(encoder, *head[:end])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,19 +17,20 @@ from functions import UserError, check
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
 ARCHITECTURE = ("encoder", "stem", "norm", "activation")
+HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm")
 
 
-def encoder_file(checkpoint: str) -> Path:
+def encoder_file(checkpoint: str, head: bool = False) -> Path:
     """The file that --checkpoint names, or the encoder in the run folder that it names.
 
-    Raises UserError.
+    head: what has the head, too, which is a checkpoint. Raises UserError.
     """
     named = Path(checkpoint)
     if not named.is_dir():
         check(named.is_file(), f"--checkpoint {named}: no such file")
         return named
     there = [named / "encoder.pt", named / "checkpoints" / "last.ckpt"]
-    found = next((file for file in there if file.is_file()), None)
+    found = next((file for file in there[head:] if file.is_file()), None)
     if found is None:
         problem = f"--checkpoint {named} has neither encoder.pt nor checkpoints/last.ckpt"
         raise UserError(f"{problem}: give the folder of a run that has pretrained, or a file")
@@ -42,18 +43,19 @@ def run_of(file: Path) -> Path | None:
     return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
 
 
-def as_trained(config: ConfigT, file: Path) -> ConfigT:
+def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
     """The configuration with the architecture that the run of a checkpoint had.
 
-    Raises UserError where a flag says otherwise.
+    head: of its head, too. Raises UserError where a flag says otherwise.
     """
+    names = ARCHITECTURE + (HEAD if head else ())
     run = run_of(file)
     if run is None:
-        names = ", ".join(f"--{name} {getattr(config, name)}" for name in ARCHITECTURE)
-        print(f"there is no config.yaml beside {file}: it is taken for an encoder of {names}")
+        taken = ", ".join(f"--{name} {getattr(config, name)}" for name in names)
+        print(f"there is no config.yaml beside {file}: it is taken for an encoder of {taken}")
         return config
     trained = fn.load_config(type(config), run / "config.yaml")
-    recorded = {name: getattr(trained, name) for name in ARCHITECTURE}
+    recorded = {name: getattr(trained, name) for name in names}
     for name, value in recorded.items():
         given, default = getattr(config, name), getattr(type(config), name)
         problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
@@ -66,8 +68,22 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
 
     Read as data, never as code. Raises UserError.
     """
+    remedy = "give the --encoder, --stem and --norm it was trained with"
+    load_part(encoder, file, "model.encoder.", f"is of another encoder: {remedy}")
+
+
+def load_head(head: nn.Module, file: Path) -> None:
+    """Load the head's weights from a checkpoint of this script. Raises UserError."""
+    remedy = "give checkpoints/last.ckpt of its run, or leave --probe_layer out"
+    load_part(head, file, "model.projection_head.", f"does not hold this head: {remedy}")
+
+
+def load_part(part: nn.Module, file: Path, prefix: str, problem: str) -> None:
+    """Load the weights whose names begin so in a checkpoint, or a file of nothing else.
+
+    problem: what to say of a file with other weights. Raises UserError.
+    """
     check(file.is_file(), f"--checkpoint {file}: no such file")
-    prefix = "model.encoder."
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if "state_dict" in state:
@@ -75,13 +91,12 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
             state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
         found = {name: value.shape for name, value in state.items()}
     except Exception:  # a damaged file can fail in many ways
-        problem = f"--checkpoint {file} is damaged, or no checkpoint at all"
-        raise UserError(f"{problem}: take another file") from None
+        damaged = f"--checkpoint {file} is damaged, or no checkpoint at all"
+        raise UserError(f"{damaged}: take another file") from None
 
-    expected = {name: value.shape for name, value in encoder.state_dict().items()}
-    remedy = "give the --encoder, --stem and --norm it was trained with"
-    check(found == expected, f"--checkpoint {file} is of another encoder: {remedy}")
-    encoder.load_state_dict(state)
+    expected = {name: value.shape for name, value in part.state_dict().items()}
+    check(found == expected, f"--checkpoint {file} {problem}")
+    part.load_state_dict(state)
 
 
 def load_normalize(file: Path) -> fn.Normalize | None:

@@ -116,6 +116,7 @@ def bad_place(tmp_path_factory):
 
 DIGITS = ["--dataset", "digits"]
 KNN = [*DIGITS, "--stages", "knn", "--checkpoint"]
+Z = ["--probe_layer", "1"]
 SIMCLR, RNN, TUNE = "simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py"
 
 ALMOST_ALL = "--validation_fraction 0.999"
@@ -210,6 +211,9 @@ BAD = [
     (SIMCLR, [*DIGITS, "digits"], "digits", "--help"),
     (RNN, [*DIGITS, "--devices", "2"], "--devices", "--help"),
     (SIMCLR, [*DIGITS, "--checkpoint", "imagenet.pt"], "--checkpoint", "leave it out"),
+    (SIMCLR, [*DIGITS, "--probe_layer", "-1"], "--probe_layer", "0 or more"),
+    (SIMCLR, [*DIGITS, "--probe_layer", "3"], "--probe_layer 3", "take at most as many"),
+    (SIMCLR, [*KNN, "imagenet.pt", "--stem", "imagenet", *Z], "imagenet.pt", "last.ckpt"),
     (SIMCLR, ["--config", "nowhere.yaml"], "nowhere.yaml", "cannot be read"),
     (SIMCLR, ["--config", "empty"], "--config empty", "cannot be read"),
     *[

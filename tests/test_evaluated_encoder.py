@@ -12,7 +12,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive.evaluation import Resized, recalibrate
+from contrastive.evaluation import Resized, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
 SHORT = [
@@ -395,3 +395,48 @@ def test_settings_are_chosen_without_the_test_images(probe, run_here, tmp_path, 
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["pretrain"]["images_seen"] == 3 * 900
     assert results["baselines"]["raw_pixels"]["knn"]["accuracy"] > 0.9
+
+
+# ------------------------------------------------------------------------------------------------
+# --probe_layer
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_of_the_head_is_what_its_formula_says(encoder):
+    """h, then relu(BatchNorm(W h)) of each hidden layer, and z = W h + b."""
+    model = simCLR.SimCLRModel(encoder, 8, 16, 5, layers=3).double().eval()
+    first, norm, _, second, norm2, _, last = head = model.projection_head
+    for each in (norm, norm2):
+        nn.init.uniform_(each.running_mean)
+        nn.init.uniform_(each.running_var, 1, 2)
+    x = randn(4, 3, 8, 8, dtype=torch.float64)
+    expected = [encoder(x)]
+    for linear, batch_norm in ((first, norm), (second, norm2)):
+        y = expected[-1] @ linear.weight.T
+        y = (y - batch_norm.running_mean) / (batch_norm.running_var + batch_norm.eps).sqrt()
+        expected.append(F.relu(y))
+    expected.append(expected[-1] @ last.weight.T + last.bias)
+    for layer, value in enumerate(expected):
+        found = up_to_layer(encoder, head, layer)(x)
+        torch.testing.assert_close(found, value)
+    assert torch.equal(found, model(x))
+    with pytest.raises(fn.UserError, match="--probe_layer 4: the head has 3 layers"):
+        up_to_layer(encoder, head, 4)
+
+
+def test_z_is_measured_again_from_the_checkpoint(run_here, tmp_path):
+    """encoder.pt has no head, the checkpoint beside it has; and the head's own width is known."""
+    flags = [*SHORT, "--epochs", 1, "--hidden_dim", 64, "--embedding_dim", 32]
+    whole = [*flags, "--probe_layer", 2, "--output_dir", "whole"]
+    assert run_here("simCLR.py", *whole, cwd=tmp_path).returncode == 0
+    flags = ["--dataset", "digits", "--stages", "knn", "--checkpoint", "whole", "--knn_k", 5]
+    flags += ["--no-baselines", "--accelerator", "cpu", "--precision", "fp32", "--output_dir"]
+    for layer in (0, 2):
+        again = [*flags, f"layer{layer}", "--probe_layer", layer]
+        done = run_here("simCLR.py", *again, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+    of_z, of_h, of_z_again = (
+        json.loads((tmp_path / name / "results.json").read_text())["knn"]
+        for name in ("whole", "layer0", "layer2")
+    )
+    assert of_z == of_z_again != of_h
