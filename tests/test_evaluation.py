@@ -136,6 +136,33 @@ def test_the_lbfgs_probe_is_logistic_regression_on_standardised_features(num_cla
     torch.testing.assert_close(logits.softmax(1), expected, atol=1e-3, rtol=0)
 
 
+def noisy_blobs(noise, per_class=300):
+    """Three clouds, and 200 features that say nothing: a few labels are soon learned by heart."""
+    features = blobs(per_class=per_class, spread=noise)
+    for part in ("train", "test"):
+        own = getattr(features, part)
+        setattr(features, part, torch.cat([own, torch.randn(len(own), 200)], 1))
+    return features
+
+
+def test_the_penalty_is_chosen_without_the_test_images(monkeypatch):
+    """Much noise asks for small weights; what the test images are like does not matter."""
+    features = noisy_blobs(noise=0.6)
+    chosen = evaluation.best_penalty(features, seed=0)
+    assert chosen == min(evaluation.PENALTIES)
+    features.test, features.test_labels = features.test * torch.nan, features.test_labels * 0
+    assert evaluation.best_penalty(features, seed=0) == chosen
+
+    features = noisy_blobs(noise=0.6)
+    reached = accuracy_of(probed(features, "lbfgs"), features)
+    monkeypatch.setattr(evaluation, "best_penalty", lambda *_: 1.0)
+    assert reached > accuracy_of(probed(features, "lbfgs"), features)
+
+
+def test_a_few_labels_choose_no_penalty():
+    assert evaluation.best_penalty(noisy_blobs(noise=0.6, per_class=99), seed=0) == 1.0
+
+
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
 def test_a_feature_constant_in_training_has_no_say_in_the_test(probe):
     """A dead unit, or a pixel black in all training images: nothing was learned about it."""
