@@ -55,7 +55,7 @@ from contrastive.evaluation import (  # noqa: F401
 )
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
-from contrastive.memory import memory_line, needed_bytes
+from contrastive.plan import print_plan
 from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_head, normalize_of
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
@@ -145,6 +145,9 @@ class EncoderAndHead(fn.Settings):
     others of its batch"""
     activation: Literal["relu", "gelu", "silu", "leaky_relu"] = "relu"
     """the encoder's nonlinearity (the paper and torchvision: relu)"""
+    zero_init: bool = False
+    """let each residual block begin as the identity, as in the paper's own code: its last
+    normalisation scales by 0"""
     head_layers: int = 2
     """linear layers of g(.): 2 as in the paper, 1 is a linear head, 0 compares h itself"""
     hidden_dim: int = 512
@@ -183,14 +186,19 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": 
 
 
 def build_encoder(
-    name: str = "resnet18", stem: str = "cifar", norm: str = "batch", activation: str = "relu"
+    name: str = "resnet18",
+    stem: str = "cifar",
+    norm: str = "batch",
+    activation: str = "relu",
+    zero_init: bool = False,
 ) -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier.
 
     Images (B, 3, H, W) -> h (B, feature_dim). The cifar stem replaces the 7x7 stride-2 convolution
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
     GroupNorm (Wu & He 2018, arXiv 1803.08494). activation: what stands where ResNets have ReLU; the
-    parameters are the same. Raises UserError for an unknown one of them.
+    parameters are the same. zero_init: residual blocks begin as the identity (Goyal et al. 2017,
+    arXiv 1706.02677, Section 5.1). Raises UserError for an unknown name.
     """
     from torchvision import models
 
@@ -201,7 +209,9 @@ def build_encoder(
     kinds = ", ".join(ACTIVATIONS)
     check(activation in ACTIVATIONS, f"--activation {activation} is unknown; choose from {kinds}")
 
-    encoder: Any = models.get_model(name, weights=None, norm_layer=NORMS[norm])
+    encoder: Any = models.get_model(
+        name, weights=None, norm_layer=NORMS[norm], zero_init_residual=zero_init
+    )
     feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":
@@ -554,6 +564,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         **validation,
     )
     print_plan(module)
+    print_learning_rate(config)
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
 
     encoder = model.get_encoder()
@@ -576,33 +587,9 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     return Pretrained(results, log.rows)
 
 
-def print_plan(module: Pretraining) -> None:
-    """What pretraining will do, for people: crops, batches, arithmetic, learning rate."""
-    config, n = module.config, module.config.effective_batch_size
-    if config.crop_size is not None:
-        crops = [f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes]
-        print("crops of " + ", ".join(crops))
-
-    batch = str(n)
-    if n != config.batch_size:
-        nodes = f" x {config.num_nodes} nodes" if config.num_nodes > 1 else ""
-        batch += f" = {config.batch_size} x {config.devices} devices{nodes}"
-    if config.micro_batch_size:
-        batch += f", in micro-batches of {config.micro_batch_size}"
-    images = f"{len(module.batches.tensors[0]):,} images without labels"
-    steps = f"{len(module.batches)} steps an epoch"
-    negatives = config.views * (n - 1)
-    if config.views > 2:
-        batch += f" x {config.views} views"
-    print(f"pretraining on {images}: batch {batch} ({negatives:,} negatives per view), {steps}")
-
-    device = torch.device(config.machine.device)
-    print(module.batches.where(device))
-    if device.type == "cuda":
-        print(memory_line(needed_bytes(module), fn.free_memory(device)))
-    cost = arithmetic(module)
-    each = f"{cost['macs_per_image'] / 1e6:,.1f} M multiply-accumulates a view"
-    print(f"{each}; in all {in_words(cost['macs'])}")
+def print_learning_rate(config: Optimisation) -> None:
+    """The learning rate and its schedule, for people."""
+    n = config.effective_batch_size
     by = {"linear": f" x {n}/256", "sqrt": f" x sqrt({n}/256)", "none": ""}[config.scaling]
     rate = f"{config.base_learning_rate:g}{by} = {actual_learning_rate(config):g}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
@@ -642,7 +629,7 @@ def main(config: Config) -> None:
 
     torch.manual_seed(config.seed)
     architecture = config.encoder, config.stem, config.norm, config.activation
-    encoder, feature_dim = build_encoder(*architecture)
+    encoder, feature_dim = build_encoder(*architecture, config.zero_init)
     encoder.to(memory_format=layout(config.machine.device))
     untrained = copy.deepcopy(encoder)
     head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm

@@ -20,7 +20,7 @@ import functions as fn
 import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
-from contrastive import augmentation, evaluation, memory
+from contrastive import augmentation, evaluation, memory, plan
 from machinery import checkpoints, devices, files, processes, run_folder, training
 
 # ------------------------------------------------------------------------------------------------
@@ -356,11 +356,11 @@ def test_memory_grows_with_views_and_area_and_halves_in_bfloat16():
 def test_a_step_that_does_not_fit_is_told_before_it_is_tried(free, advice, monkeypatch, capsys):
     module = pretraining()
     monkeypatch.setattr(fn, "free_memory", lambda device: free * 2.0**30)
-    monkeypatch.setattr(simCLR, "needed_bytes", lambda module: 3 * 2**30)
+    monkeypatch.setattr(plan, "needed_bytes", lambda module: 3 * 2**30)
     monkeypatch.setattr(module.batches, "where", lambda device: "")
     machine = property(lambda self: devices.Machine("cuda", "bf16"))
     monkeypatch.setattr(simCLR.Config, "machine", machine)
-    simCLR.print_plan(module)
+    plan.print_plan(module)
     said = capsys.readouterr().out
     assert f"a step needs about 3.0 GiB of the {free}.0 GiB that are free" in said
     assert ("give --micro_batch_size" in said) == advice
@@ -369,8 +369,8 @@ def test_a_step_that_does_not_fit_is_told_before_it_is_tried(free, advice, monke
 def test_the_largest_step_is_the_one_that_is_told(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "bytes_of_a_step", lambda *a: asked.append(a[1:]) or 0)
-    simCLR.needed_bytes(pretraining(crop_size="16:0.5,24:1"))
-    simCLR.needed_bytes(pretraining(micro_batch_size=4))
+    memory.needed_bytes(pretraining(crop_size="16:0.5,24:1"))
+    memory.needed_bytes(pretraining(micro_batch_size=4))
     assert asked == [(16, 24, "cpu", torch.bfloat16), (8, 32, "cpu", torch.bfloat16)]
 
 

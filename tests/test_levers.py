@@ -44,6 +44,17 @@ def test_resnet101_is_torchvisions():
     torch.testing.assert_close(encoder.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_blocks_that_begin_as_the_identity_are(name, norm, seeded):
+    encoder, _ = simCLR.build_encoder(name, norm=norm, zero_init=True)
+    first, *others = encoder.layer2
+    x = first(torch.rand(2, first.conv1.in_channels, 8, 8))
+    for block in others:  # the first has another shape of output
+        assert torch.equal(block(x), x)
+    assert x.any()
+
+
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize("side", [8, 33, 96])
 def test_images_of_any_side_become_representations(stem, side):
