@@ -3,12 +3,16 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 
 import functions as fn
@@ -16,6 +20,7 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
 from contrastive.evaluation import mean_and_deviation
+from contrastive.losses import contrastive_loss
 from machinery import command_line
 
 ROOT = Path(__file__).parent.parent
@@ -250,18 +255,68 @@ def test_the_table_of_the_study_is_that_of_the_results():
     assert f"{epochs:,.0f} epochs" in RESULTS
 
 
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_diary_is_what_was_measured():
     """Each of its lines is a run that the configuration it begins from and its flags make again."""
-    path = ROOT / "results/simclr/diary.py"
-    spec = importlib.util.spec_from_file_location("diary", path)
-    diary = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(diary)
-    entries = json.loads((path.parent / "diary.json").read_text())
-    assert (path.parent / "diary.md").read_text() == diary.page(entries)
+    diary = module_of(ROOT / "results/simclr/diary.py")
+    entries = json.loads((ROOT / "results/simclr/diary.json").read_text())
+    assert (ROOT / "results/simclr/diary.md").read_text() == diary.page(entries)
     begin = ["--config", str(ROOT / "configs/cifar10_search.yaml")]
     for entry in entries:
         fn.parse_config(simCLR.Config, [*begin, *entry["flags"].split()])
         assert 0.02 < entry["macs"] / diary.T < 1
+
+
+def test_the_ablations_are_what_was_measured():
+    """Every arm is a command that is accepted, with the base itself in each question."""
+    ablations = module_of(ROOT / "results/ablations/ablations.py")
+    entries = json.loads((ROOT / "results/ablations/ablations.json").read_text())
+    assert (ROOT / "results/ablations/README.md").read_text() == ablations.page(entries)
+    for question in ablations.QUESTIONS:
+        assert "" in question.arms.values()
+        asked = [ablations.wanted(flags) for flags in question.arms.values()]
+        assert len(set(asked)) == len(asked)
+        if ablations.measured_arms(question, entries):
+            assert question.found, f"what was found on {question.name}?"
+            for flags in question.arms.values():
+                seeds = [one["seed"] for one in ablations.runs_of(flags, entries)]
+                assert seeds in ([], [0], [0, 1, 2])
+
+
+def test_the_positive_is_counted_twice():
+    """-log( e^p / (2 e^p + sum over negatives) ), term by term; and simCLR.py is not changed."""
+    twice = module_of(ROOT / "results/ablations/counted_twice.py").counted_twice
+    z = F.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    sims = (z @ z.T / 0.3).tolist()
+    terms = []
+    for i in range(8):
+        positive = math.exp(sims[i][(i + 4) % 8])
+        every = sum(math.exp(sims[i][j]) for j in range(8) if j != i)
+        terms.append(-math.log(positive / (positive + every)))
+    assert float(twice(z, 2, 0.3)) == pytest.approx(sum(terms) / 8, rel=1e-5)
+    assert simCLR.contrastive_loss is contrastive_loss
+
+
+def test_a_run_with_the_common_error_names_its_script(run, tmp_path):
+    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
+    flags += ["--stages", "pretrain,knn", "--no-baselines", "--output_dir"]
+    done = run("results/ablations/counted_twice.py", *flags, "twice", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("simCLR.py", *flags, "once", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("twice", "once")
+    ]
+    assert [each["script"] for each in results] == ["counted_twice.py", "simCLR.py"]
+    twice, once = (each["pretrain"]["final_loss"] for each in results)
+    assert twice > once
 
 
 def test_a_quarter_of_the_arithmetic_is_what_was_measured():

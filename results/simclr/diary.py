@@ -7,7 +7,6 @@ All runs begin from configs/cifar10_search.yaml and are measured on held-out tra
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-import functions as fn  # noqa: E402
-import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
-from contrastive.evaluation import EvaluationSettings, ProbeSettings  # noqa: E402
-
-BASE = fn.load_config(simCLR.Config, HERE.parent.parent / "configs" / "cifar10_search.yaml")
-WHERE = ("dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time")
-WHERE += ("stages", "checkpoint")
+from results import measured  # noqa: E402
 
 INTRODUCTION = """# The search for a recipe
 
@@ -41,42 +34,6 @@ same parts (compared: equal). One encoder was measured twice, as it was and reca
 | flags | seed | T | linear | k-NN | minutes | threads | commit |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 """
-
-
-def entry(run: Path) -> dict[str, Any]:
-    """What the diary keeps of a finished run, or of a run whose encoder was measured once more.
-
-    Of the latter it keeps what pretraining and measuring at once would have had for flags.
-    """
-    results = json.loads((run / "results.json").read_text())
-    config = fn.load_config(simCLR.Config, run / "config.yaml")
-    flags = changed(config)
-    if config.checkpoint:
-        earlier = Path(config.checkpoint)
-        results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
-        of_evaluation = EvaluationSettings.__annotations__ | ProbeSettings.__annotations__
-        flags = {name: value for name, value in flags.items() if name in of_evaluation}
-        flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml")) | flags
-    return {
-        "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
-        "seed": config.seed,
-        "macs": results["pretrain"]["macs"],
-        "linear": results["probe"]["test_accuracy"],
-        "knn": results["knn"]["accuracy"],
-        "seconds": round(results["pretrain"]["seconds"]),
-        "threads": results["threads"],
-        "precision": results["precision"],
-        "commit": results["git_commit"][:7],
-    }
-
-
-def changed(config: simCLR.Config) -> dict[str, Any]:
-    """The flags in which a run differs from the file that all begin from."""
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if value != getattr(BASE, name) and name not in WHERE
-    }
 
 
 def line(one: dict[str, Any]) -> str:
@@ -100,12 +57,6 @@ def page(entries: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    kept = HERE / "diary.json"
-    entries = json.loads(kept.read_text()) if kept.is_file() else []
-    for run in map(Path, sys.argv[1:]):
-        new = entry(run)
-        known = [(one["flags"], one["seed"]) for one in entries]
-        if (new["flags"], new["seed"]) not in known:
-            entries.append(new)
-    kept.write_text(json.dumps(entries, indent=1) + "\n")
+    base = measured.begin("cifar10_search.yaml")
+    entries = measured.add(sys.argv[1:], base, HERE / "diary.json")
     (HERE / "diary.md").write_text(page(entries))

@@ -1,0 +1,80 @@
+"""What the pages of results keep of a run, and of which flags it was made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import functions as fn  # noqa: E402
+import simCLR  # noqa: E402
+from contrastive.evaluation import EvaluationSettings, ProbeSettings  # noqa: E402
+
+WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time"}
+WHERE |= {"stages", "checkpoint"}
+
+
+def begin(name: str) -> simCLR.Config:
+    """The configuration of configs/ that a page's runs begin from."""
+    return fn.load_config(simCLR.Config, ROOT / "configs" / name)
+
+
+def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
+    """What is kept of a finished run, or of a run whose encoder was measured once more.
+
+    Of the latter it keeps what pretraining and measuring at once would have had for flags.
+    """
+    results = json.loads((run / "results.json").read_text())
+    config = fn.load_config(simCLR.Config, run / "config.yaml")
+    flags = changed(config, base)
+    if config.checkpoint:
+        earlier = Path(config.checkpoint)
+        results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
+        of_evaluation = EvaluationSettings.__annotations__ | ProbeSettings.__annotations__
+        flags = {name: value for name, value in flags.items() if name in of_evaluation}
+        flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base) | flags
+    return {
+        "script": results["script"],
+        "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
+        "seed": config.seed,
+        "macs": results["pretrain"]["macs"],
+        "linear": results["probe"]["test_accuracy"],
+        "knn": results["knn"]["accuracy"],
+        "seconds": round(results["pretrain"]["seconds"]),
+        "threads": results["threads"],
+        "precision": results["precision"],
+        "commit": results["git_commit"][:7],
+    }
+
+
+def changed(config: simCLR.Config, base: simCLR.Config) -> dict[str, Any]:
+    """The flags in which a run differs from the configuration that it began from."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value != getattr(base, name) and name not in WHERE
+    }
+
+
+def add(runs: list[str], base: simCLR.Config, kept: Path) -> list[dict[str, Any]]:
+    """All entries of a page's JSON file, with these runs; one measured anew takes its old place."""
+    entries = json.loads(kept.read_text()) if kept.is_file() else []
+    which = [key(one) for one in entries]
+    for run in map(Path, runs):
+        new = entry(run, base)
+        if key(new) in which:
+            entries[which.index(key(new))] = new
+        else:
+            entries.append(new)
+            which.append(key(new))
+    kept.write_text(json.dumps(entries, indent=1) + "\n")
+    return entries
+
+
+def key(one: dict[str, Any]) -> tuple[Any, ...]:
+    """What no two entries of a page have in common."""
+    return one["script"], one["flags"], one["seed"]
