@@ -1,0 +1,66 @@
+"""Accuracy against cost, as one figure: what is measured here, and what others have published.
+
+    python results/cost.py       # writes results/cost.png
+
+Ours are the runs in results/ that say what arithmetic they took, on all training images; several
+seeds of one configuration are one point, their mean. The others stand in anchors.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import functions as fn  # noqa: E402
+from contrastive.arithmetic import T  # noqa: E402
+
+METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
+
+
+def ours() -> list[tuple[float, float, int]]:
+    """(T, mean of the linear accuracies in percent, number of seeds) of each configuration."""
+    found = defaultdict(list)
+    for file in HERE.glob("cifar10-*/results.json"):
+        results = json.loads(file.read_text())
+        name, _, _ = file.parent.name.partition("-seed")
+        found[name, results["pretrain"]["macs"]].append(results["probe"]["test_accuracy"])
+    points = [
+        (macs / T, 100 * statistics.mean(all_), len(all_)) for (_, macs), all_ in found.items()
+    ]
+    return sorted(points)
+
+
+@fn.drawing
+def draw(file: Path) -> None:
+    """A dot per published number, and a line of ours, over T on a logarithmic axis."""
+    published = json.loads((HERE / "anchors.json").read_text())
+    figure, axis = fn.new_figure(9, 5)
+    for method, marker in METHODS.items():
+        theirs = [one for one in published if one["method"] == method]
+        t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
+        axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=f"{method}, published")
+    t, linear, seeds = zip(*ours(), strict=True)
+    axis.plot(t, linear, "o-", color="C1", label="SimCLR, here")
+    for x, y, n in zip(t, linear, seeds, strict=True):
+        words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
+        axis.annotate(words, (x, y), (-6, 6), textcoords="offset points", ha="right", color="C1")
+    axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
+    axis.set_xscale("log")
+    ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("arithmetic of pretraining in T (logarithmic)")
+    axis.set_ylabel("linear accuracy on CIFAR-10 in %")
+    axis.set_title("How much is learned from how little arithmetic: ResNet-18, no labels")
+    axis.legend(loc="lower right", frameon=False)
+    fn.save_figure(figure, file)
+
+
+if __name__ == "__main__":
+    draw(HERE / "cost.png")
