@@ -36,7 +36,7 @@ class ProbeSettings(fn.Settings):
     """tau of the votes' weights in k-NN"""
     probe: Literal["sgd", "lbfgs"] = "sgd"
     """how the linear probe is trained: step by step with curves, or to the optimum of logistic
-    regression"""
+    regression, its penalty chosen on a fifth of the labelled training images"""
     probe_epochs: int = 100
     """epochs of the linear probe"""
     probe_batch_size: int = 512
