@@ -579,7 +579,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         "steps": len(log.rows) * len(module.batches),
         **arithmetic(module),
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
-        "pairs_per_second": round(pace, 1),
+        "pairs_per_second": round(pace * config.views / 2, 1),
         "final_loss": log.rows[-1]["train_loss"],
         "normalize": {name: value.flatten().tolist() for name, value in normalize.items()},
     }

@@ -1,6 +1,9 @@
 """SimCLR's levers: encoders, heads, optimizers."""
 
+import csv
+import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -232,6 +235,12 @@ def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, ru
     assert whole.returncode == 0, whole.stderr
     assert "batch 100 x 4 views (396 negatives per view)" in whole.stdout
     assert "x sqrt(100/256) =" in whole.stdout
+    results = json.loads((tmp_path / "whole/results.json").read_text())["pretrain"]
+    with open(tmp_path / "whole/metrics.csv") as file:
+        images = statistics.median(float(row["images_per_second"]) for row in csv.DictReader(file))
+    assert results["pairs_per_second"] == pytest.approx(2 * images, abs=0.1), (
+        "four views: two pairs"
+    )
 
     flags += ["--output_dir", "parts"]
     parts = run_here("simCLR.py", *flags, "--max_time", "00:00:00:01", cwd=tmp_path)
