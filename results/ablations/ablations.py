@@ -8,6 +8,7 @@ All runs begin from configs/cifar10_ablation.yaml.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ QUESTIONS = [
 # ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def wanted(arm: str) -> tuple[str, str]:
     """(script, flags) of an arm, flags as an entry has them."""
     if arm == TWICE:
@@ -222,7 +224,7 @@ def measured_arms(question: Question, entries: list[dict[str, Any]]) -> dict[str
 
 @fn.drawing
 def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
-    """A dot for each seed, a bar for their mean: linear probe and k-NN side by side."""
+    """A dot for each seed, a line at their mean: linear probe and k-NN side by side."""
     arms = measured_arms(question, entries)
     figure, axes = fn.new_figure(10, 1.4 + 0.45 * len(arms), columns=len(METRICS))
     figure.suptitle(question.asks)
@@ -230,16 +232,16 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
         for place, flags in enumerate(arms.values()):
             values = [100 * one[metric] for one in runs_of(flags, entries)]
             color = f"C{0 if flags else 1}"
-            axis.barh(place, statistics.mean(values), color=color, alpha=0.35, height=0.6)
-            axis.plot(values, [place] * len(values), "o", color=color, markersize=4)
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
+            axis.plot(statistics.mean(values), place, "|", color=color, ms=20, mew=2.5)
             mean = f"{statistics.mean(values):.1f}"
-            axis.text(max(values) + 0.6, place, mean, va="center", fontsize=9)
+            axis.annotate(
+                mean, (max(values), place), (8, 0), textcoords="offset points", va="center"
+            )
         axis.set_yticks(range(len(arms)), list(arms) if number == 0 else [])
         axis.invert_yaxis()
-        lowest = min(
-            100 * one[metric] for flags in arms.values() for one in runs_of(flags, entries)
-        )
-        axis.set_xlim(max(0, lowest - 10), axis.get_xlim()[1] + 2)
+        axis.margins(x=0.2, y=0.12)
+        axis.grid(axis="x", alpha=0.3)
         axis.set_xlabel(f"{name}, accuracy in % (validation)")
     fn.save_figure(figure, file)
 
