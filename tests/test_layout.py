@@ -49,6 +49,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/lars.py": set(),
     "contrastive/memory.py": set(),
     "contrastive/arithmetic.py": {"memory"},
+    "contrastive/plan.py": {"arithmetic", "memory"},
     "contrastive/whitening.py": set(),
     "contrastive/pretrained.py": set(),
     "contrastive/evaluation.py": {"figures", "pretrained"},
