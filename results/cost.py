@@ -45,9 +45,10 @@ def draw(file: Path) -> None:
         theirs = [one for one in published if one["method"] == method]
         t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=f"{method}, published")
-    t, linear, seeds = zip(*ours(), strict=True)
-    axis.plot(t, linear, "o-", color="C1", label="SimCLR, here")
-    for x, y, n in zip(t, linear, seeds, strict=True):
+    points = ours()
+    cost, reached = [point[0] for point in points], [point[1] for point in points]
+    axis.plot(cost, reached, "o-", color="C1", label="SimCLR, here")
+    for x, y, n in points:
         words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
         axis.annotate(words, (x, y), (-6, 6), textcoords="offset points", ha="right", color="C1")
     axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
