@@ -56,7 +56,7 @@ from contrastive.evaluation import (  # noqa: F401
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
 from contrastive.plan import print_plan
-from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_head, normalize_of
+from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_model, normalize_of
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
 from contrastive.whitening import whiten
@@ -563,7 +563,8 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         num_nodes=config.num_nodes,
         **validation,
     )
-    print_plan(module)
+    cost = arithmetic(module)
+    print_plan(module, cost)
     print_learning_rate(config)
     fn.fit(trainer, module, folder / "checkpoints" / "last.ckpt")
 
@@ -577,7 +578,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
     results = {
         "epochs": len(log.rows),
         "steps": len(log.rows) * len(module.batches),
-        **arithmetic(module),
+        **cost,
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "pairs_per_second": round(pace * config.views / 2, 1),
         "final_loss": log.rows[-1]["train_loss"],
@@ -637,9 +638,10 @@ def main(config: Config) -> None:
     measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
     recorded = None
     if file is not None:
-        load_encoder(encoder, file)
         if beyond_h:
-            load_head(model.projection_head, file)
+            load_model(model, file)
+        else:
+            load_encoder(encoder, file)
         recorded = normalize_of(file)
 
     n, side = len(data.pretraining_images), data.train_images.shape[-1]

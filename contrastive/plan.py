@@ -7,12 +7,15 @@ from typing import Any
 import torch
 
 import functions as fn
-from contrastive.arithmetic import arithmetic, in_words
+from contrastive.arithmetic import in_words
 from contrastive.memory import memory_line, needed_bytes
 
 
-def print_plan(module: Any) -> None:
-    """What pretraining will do, for people: crops, batches, memory and arithmetic."""
+def print_plan(module: Any, cost: dict[str, Any]) -> None:
+    """What pretraining will do, for people: crops, batches, memory and arithmetic.
+
+    cost: of `arithmetic`.
+    """
     config, n = module.config, module.config.effective_batch_size
     if config.crop_size is not None:
         crops = [f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes]
@@ -35,6 +38,5 @@ def print_plan(module: Any) -> None:
     print(module.batches.where(device))
     if device.type == "cuda":
         print(memory_line(needed_bytes(module), fn.free_memory(device)))
-    cost = arithmetic(module)
     each = f"{cost['macs_per_image'] / 1e6:,.1f} M multiply-accumulates a view"
     print(f"{each}; in all {in_words(cost['macs'])}")

@@ -29,10 +29,11 @@ def encoder_file(checkpoint: str, head: bool = False) -> Path:
     if not named.is_dir():
         check(named.is_file(), f"--checkpoint {named}: no such file")
         return named
-    there = [named / "encoder.pt", named / "checkpoints" / "last.ckpt"]
-    found = next((file for file in there[head:] if file.is_file()), None)
+    names = ["checkpoints/last.ckpt"] if head else ["encoder.pt", "checkpoints/last.ckpt"]
+    found = next((named / name for name in names if (named / name).is_file()), None)
     if found is None:
-        problem = f"--checkpoint {named} has neither encoder.pt nor checkpoints/last.ckpt"
+        lacking = "no checkpoints/last.ckpt" if head else f"neither {' nor '.join(names)}"
+        problem = f"--checkpoint {named} has {lacking}"
         raise UserError(f"{problem}: give the folder of a run that has pretrained, or a file")
     return found
 
@@ -72,10 +73,10 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
     load_part(encoder, file, "model.encoder.", f"is of another encoder: {remedy}")
 
 
-def load_head(head: nn.Module, file: Path) -> None:
-    """Load the head's weights from a checkpoint of this script. Raises UserError."""
+def load_model(model: nn.Module, file: Path) -> None:
+    """Load encoder and head from a checkpoint of this script, likewise. Raises UserError."""
     remedy = "give checkpoints/last.ckpt of its run, or leave --probe_layer out"
-    load_part(head, file, "model.projection_head.", f"does not hold this head: {remedy}")
+    load_part(model, file, "model.", f"does not hold this encoder and its head: {remedy}")
 
 
 def load_part(part: nn.Module, file: Path, prefix: str, problem: str) -> None:

@@ -2,8 +2,8 @@
 
     python results/cost.py       # writes results/cost.png
 
-Ours are the runs in results/ that say what arithmetic they took, on all training images; several
-seeds of one configuration are one point, their mean. The others stand in anchors.json.
+Ours are results/cifar10-*, each a recipe of configs/ on all training images; several seeds of one
+recipe are one point, their mean. The others stand in anchors.json.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "
 WHERE |= {"stages", "checkpoint"}
 
 
-def begin(name: str) -> simCLR.Config:
-    """The configuration of configs/ that a page's runs begin from."""
-    return fn.load_config(simCLR.Config, ROOT / "configs" / name)
+def begin(config: str) -> simCLR.Config:
+    """The configuration that a page's runs begin from; its path is from the project's root."""
+    return fn.load_config(simCLR.Config, ROOT / config)
 
 
 def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
         flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base) | flags
     return {
         "script": results["script"],
-        "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
+        "flags": in_words(flags),
         "seed": config.seed,
         "macs": results["pretrain"]["macs"],
         "linear": results["probe"]["test_accuracy"],
@@ -60,17 +60,16 @@ def changed(config: simCLR.Config, base: simCLR.Config) -> dict[str, Any]:
     }
 
 
+def in_words(flags: dict[str, Any]) -> str:
+    """Flags as a command has them."""
+    return " ".join(f"--{name} {value}" for name, value in flags.items())
+
+
 def add(runs: list[str], base: simCLR.Config, kept: Path) -> list[dict[str, Any]]:
     """All entries of a page's JSON file, with these runs; one measured anew takes its old place."""
-    entries = json.loads(kept.read_text()) if kept.is_file() else []
-    which = [key(one) for one in entries]
-    for run in map(Path, runs):
-        new = entry(run, base)
-        if key(new) in which:
-            entries[which.index(key(new))] = new
-        else:
-            entries.append(new)
-            which.append(key(new))
+    known = json.loads(kept.read_text()) if kept.is_file() else []
+    added = [entry(Path(run), base) for run in runs]
+    entries = list({key(one): one for one in known + added}.values())
     kept.write_text(json.dumps(entries, indent=1) + "\n")
     return entries
 

@@ -90,6 +90,8 @@ def make_bad_runs(root):
         fn.save_config(root / name / "config.yaml", rnn.Config(dataset="digits", epochs=3))
     fn.save_config(root / "other/config.yaml", simCLR.Config(dataset="digits"))
     torch.save(Code(), root / "codecheckpoint/checkpoints/last.ckpt")
+    (root / "headless").mkdir()
+    (root / "headless/encoder.pt").touch()
     (root / "badconfig/config.yaml").write_text("epochs: [")
     code = "seed: !!python/object/apply:os.system ['touch hacked']"
     (root / "codeconfig/config.yaml").write_text(code)
@@ -214,6 +216,7 @@ BAD = [
     (SIMCLR, [*DIGITS, "--probe_layer", "-1"], "--probe_layer", "0 or more"),
     (SIMCLR, [*DIGITS, "--probe_layer", "3"], "--probe_layer 3", "take at most as many"),
     (SIMCLR, [*KNN, "imagenet.pt", "--stem", "imagenet", *Z], "imagenet.pt", "last.ckpt"),
+    (SIMCLR, [*KNN, "headless", *Z], "headless has no checkpoints/last.ckpt", "folder of a run"),
     (SIMCLR, ["--config", "nowhere.yaml"], "nowhere.yaml", "cannot be read"),
     (SIMCLR, ["--config", "empty"], "--config empty", "cannot be read"),
     *[

@@ -21,6 +21,7 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
 from contrastive import augmentation, evaluation, memory, plan
+from contrastive.arithmetic import arithmetic
 from machinery import checkpoints, devices, files, processes, run_folder, training
 
 # ------------------------------------------------------------------------------------------------
@@ -360,7 +361,7 @@ def test_a_step_that_does_not_fit_is_told_before_it_is_tried(free, advice, monke
     monkeypatch.setattr(module.batches, "where", lambda device: "")
     machine = property(lambda self: devices.Machine("cuda", "bf16"))
     monkeypatch.setattr(simCLR.Config, "machine", machine)
-    plan.print_plan(module)
+    plan.print_plan(module, arithmetic(module))
     said = capsys.readouterr().out
     assert f"a step needs about 3.0 GiB of the {free}.0 GiB that are free" in said
     assert ("give --micro_batch_size" in said) == advice

@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
+from contrastive.evaluation import mean_and_deviation  # noqa: E402
 from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_ablation.yaml"
@@ -136,10 +137,8 @@ def wanted(arm: str) -> tuple[str, str]:
     """(script, flags) of an arm, flags as an entry has them."""
     if arm == TWICE:
         return TWICE, ""
-    base = measured.begin(Path(CONFIG).name)
     config = fn.parse_config(simCLR.Config, ["--config", str(measured.ROOT / CONFIG), *arm.split()])
-    flags = measured.changed(config, base)
-    return "simCLR.py", " ".join(f"--{name} {value}" for name, value in flags.items())
+    return "simCLR.py", measured.in_words(measured.changed(config, measured.begin(CONFIG)))
 
 
 def runs_of(arm: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,10 +178,7 @@ with the flags of the row, and `--seed`.
 def summary(values: list[float]) -> str:
     """Raw values, and what they come to, in percent."""
     raw = ", ".join(f"{100 * value:.1f}" for value in values)
-    if len(values) == 1:
-        return raw
-    mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
-    return f"{raw}: **{mean:.1f} ± {deviation:.1f}**"
+    return raw if len(values) == 1 else f"{raw}: **{mean_and_deviation(values)}**"
 
 
 def row(arm: str, flags: str, entries: list[dict[str, Any]]) -> str:
@@ -202,18 +198,19 @@ def row(arm: str, flags: str, entries: list[dict[str, Any]]) -> str:
 
 def page(entries: list[dict[str, Any]]) -> str:
     """README.md: a table and a figure for each question that has been measured."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION.strip()]
     for question in QUESTIONS:
-        if not measured_arms(question, entries):
+        arms = measured_arms(question, entries)
+        if not arms:
             continue
         rows = [
             f"| | flags | {' | '.join(METRICS.values())} | T | minutes | commit |",
             "| --- | --- | --- | --- | ---: | ---: | --- |",
-            *(row(*arm, entries) for arm in measured_arms(question, entries).items()),
+            *(row(*arm, entries) for arm in arms.items()),
         ]
         parts += [f"## {question.asks}", question.found, "\n".join(rows)]
         parts.append(f"![{question.asks}]({question.name}.png)")
-    return "\n\n".join(part for part in parts if part).replace("\n\n\n", "\n\n") + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def measured_arms(question: Question, entries: list[dict[str, Any]]) -> dict[str, str]:
@@ -252,7 +249,7 @@ if __name__ == "__main__":
         print("\n".join(command(arm, seed) for arm in arms for seed in SEEDS))
         sys.exit()
     kept = HERE / "ablations.json"
-    entries = measured.add(sys.argv[1:], measured.begin(Path(CONFIG).name), kept)
+    entries = measured.add(sys.argv[1:], measured.begin(CONFIG), kept)
     (HERE / "README.md").write_text(page(entries))
     for question in QUESTIONS:
         if measured_arms(question, entries):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,12 @@ import simCLR
 
 
 def counted_twice(
-    embeddings: Tensor,
-    views: int = 2,
-    temperature: float = 0.5,
-    positives: str = "each",
-    decoupled: bool = False,
-    block: int | None = None,
+    embeddings: Tensor, views: int = 2, temperature: float = 0.5, *_: Any, **__: Any
 ) -> Tensor:
-    """-log( e^p / (e^p + e^p + sum over negatives of e^n) ), two views: z (2 N, D) -> a scalar."""
+    """-log( e^p / (e^p + e^p + sum over negatives of e^n) ), two views: z (2 N, D) -> a scalar.
+
+    It stands in the place of contrastive_loss, whose other arguments it does not have.
+    """
     with torch.autocast(embeddings.device.type, enabled=False):
         z = F.normalize(embeddings.float(), dim=1)
         logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # without itself

@@ -57,6 +57,6 @@ def page(entries: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    base = measured.begin("cifar10_search.yaml")
+    base = measured.begin("configs/cifar10_search.yaml")
     entries = measured.add(sys.argv[1:], base, HERE / "diary.json")
     (HERE / "diary.md").write_text(page(entries))
