@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import functions as fn
-from functions import Batches, EpochLog, ImageDataset, Subset, check
+from functions import Batches, EpochLog, ImageDataset, Subset, check, random_crop_and_flip
 
 CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -314,27 +314,6 @@ def check_data(splits: Splits, config: Config) -> None:
     check(config.batch_size <= n, f"{problem}: take at most {n}")
     problem = f"--crop_padding {config.crop_padding} is wider than the images"
     check(config.crop_padding <= side, f"{problem}: take at most {side}")
-
-
-def random_crop_and_flip(images: Tensor, padding: int, flip: float) -> Tensor:
-    """Shift each image by up to `padding` pixels, and mirror it with probability `flip`.
-
-    (B, C, H, W) -> (B, C, H, W), of the same dtype, device and values as `images`, black beyond
-    the edge. The usual augmentation of CIFAR-10 (He et al. 2016, Section 4.2, with a padding of
-    4): pad on all sides, then cut out the old size at random.
-    """
-    n, _, height, width = images.shape
-    device = images.device
-    if padding:
-        padded = F.pad(images, [padding] * 4)
-        # All windows of the old size, as a view: (B, C, tops, lefts, H, W).
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        top, left = torch.randint(2 * padding + 1, (2, n), device=device)
-        images = windows[torch.arange(n, device=device), :, top, left]
-    if flip:
-        mirrored = torch.rand(n, 1, 1, 1, device=device) < flip
-        images = torch.where(mirrored, images.flip(3), images)
-    return images
 
 
 class RowClassification(fn.Classification):

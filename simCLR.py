@@ -44,9 +44,8 @@ from contrastive.augmentation import (
     random_resized_crop_and_flip,
 )
 from contrastive.caching import GradientCache
-from contrastive.evaluation import (  # noqa: F401
+from contrastive.evaluation import (
     EvaluationSettings,
-    LinearClassifier,
     Resized,
     draw,
     evaluate,
@@ -57,6 +56,7 @@ from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
 from contrastive.plan import print_plan
 from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_model, normalize_of
+from contrastive.probe import LinearClassifier  # noqa: F401
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
 from contrastive.whitening import whiten
@@ -605,7 +605,9 @@ def print_learning_rate(config: Optimisation) -> None:
 def check_data(data: ImageDataset, config: Config) -> None:
     """Fail now rather than after hours of pretraining. Raises UserError."""
     if config.stages_list != ["pretrain"]:
-        data.labelled()
+        _, labels, _, _ = data.labelled()
+        for amount in config.label_amounts:
+            amount.check(labels, data.classes)
     n = len(data.pretraining_images)
     check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
     if "pretrain" in config.stages_list:

@@ -17,7 +17,7 @@ import functions as fn
 import simCLR
 from benchmarks import common, usual
 from contrastive import figures
-from contrastive.evaluation import Features
+from contrastive.probe import Features
 
 
 def loss(n: int, masked: bool = False) -> float:

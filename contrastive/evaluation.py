@@ -1,12 +1,10 @@
-"""What did it learn? Section 4 and Appendix B: k-NN and linear probe on the frozen h."""
+"""What did it learn? Section 4 and Appendix B: what is measured of h, beside baselines."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +12,18 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
+from contrastive.few_labels import (
+    FewLabels,
+    FewLabelsSettings,
+    measure_few_labels,
+    print_few_labels,
+)
+from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, finetune
 from contrastive.pretrained import encoder_file
+from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe, train_probe
 from functions import Batches, ImageDataset, Subset, check
 
-STAGES = ("pretrain", "knn", "probe", "tsne")
+STAGES = ("pretrain", "knn", "probe", "finetune", "tsne")
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -25,44 +31,13 @@ STAGES = ("pretrain", "knn", "probe", "tsne")
 
 
 @dataclass
-class ProbeSettings(fn.Settings):
-    """How the classes are read off the features."""
-
-    title: ClassVar[str] = "k-NN and linear probe"
-
-    knn_k: int = 200
-    """neighbours that vote in k-NN"""
-    knn_temperature: float = 0.1
-    """tau of the votes' weights in k-NN"""
-    probe: Literal["sgd", "lbfgs"] = "sgd"
-    """how the linear probe is trained: step by step with curves, or to the optimum of logistic
-    regression, its penalty chosen on a fifth of the labelled training images"""
-    probe_epochs: int = 100
-    """epochs of the linear probe"""
-    probe_batch_size: int = 512
-    """images per batch of the linear probe"""
-    probe_learning_rate: float = 0.03
-    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
-    probe_layer: int = 0
-    """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
-    as --head_layers is z (Section 4.2)"""
-
-    def validate(self) -> None:
-        super().validate()
-        self.require("knn_k probe_epochs", fn.at_least(1))
-        self.require("probe_layer", fn.NOT_NEGATIVE)
-        self.require("probe_batch_size", fn.at_least(2))
-        self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
-
-
-@dataclass
-class EvaluationSettings(ProbeSettings, fn.RunConfig):
+class EvaluationSettings(FewLabelsSettings, FineTuningSettings, fn.RunConfig):
     """What to measure, and how."""
 
     title: ClassVar[str] = "evaluation"
 
     stages: str = "pretrain,knn,probe,tsne"
-    """what to do, comma-separated: pretrain, knn, probe, tsne"""
+    """what to do, comma-separated: pretrain, knn, probe, finetune, tsne"""
     checkpoint: str | None = None
     """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
     validation_fraction: float = 0.0
@@ -77,21 +52,15 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
     baselines: bool = True
     """also measure raw pixels and the untrained encoder"""
     label_fraction: float = 1.0
-    """share of each class's training labels that k-NN and probe may use"""
-    labels_per_class: int | str | None = None
-    """besides, how far a few labels get: one number per class, or several, as 1,2,10"""
-    label_seeds: int = 10
-    """how often --labels_per_class draws which images have a label"""
+    """share of each class's training labels that k-NN, probe and fine-tuning may use"""
 
     def validate(self) -> None:
         super().validate()
-        self.require("label_seeds", fn.at_least(1))
         size = self.evaluation_size
         fits = size is None or 4 <= size <= 1024
         check(fits, f"--evaluation_size must be between 4 and 1024 pixels, got {size}")
         self.require("label_fraction", fn.SHARE)
         self.require("validation_fraction", fn.BELOW_1)
-        _ = self.label_counts
 
         if "pretrain" in self.stages_list:
             remedy = "leave it out, or pretrain out of --stages"
@@ -111,17 +80,6 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
         return [stage for stage in STAGES if stage in wanted]
 
     @property
-    def label_counts(self) -> list[int]:
-        """--labels_per_class as numbers, the fewest first. Raises UserError."""
-        if self.labels_per_class is None:
-            return []
-        words = str(self.labels_per_class).split(",")
-        valid = all(word.strip().isdecimal() and int(word) > 0 for word in words)
-        remedy = "give numbers of at least 1, as 1,2,10"
-        check(valid, f"--labels_per_class {self.labels_per_class}: {remedy}")
-        return sorted({int(word) for word in words})
-
-    @property
     def held_out(self) -> str:
         """What accuracies are measured on: the test images, or validation images."""
         return "validation" if self.validation_fraction else "test"
@@ -129,7 +87,7 @@ class EvaluationSettings(ProbeSettings, fn.RunConfig):
     @property
     def measures(self) -> bool:
         """Whether a stage compares accuracies."""
-        return bool({"knn", "probe"} & set(self.stages_list))
+        return bool({"knn", "probe", "finetune"} & set(self.stages_list))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,194 +151,8 @@ def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int) -> nn.Modul
 
 
 # ------------------------------------------------------------------------------------------------
-# The linear probe
-# ------------------------------------------------------------------------------------------------
-
-
-class LinearClassifier(nn.Module):
-    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder.
-
-    Frozen: no gradient, and BatchNorm in eval mode. `classifier` is what the probe trains.
-    """
-
-    def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False)  # the optimizer could not move it by mistake
-        self.classifier = nn.Linear(feature_dim, num_classes)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> LinearClassifier:
-        super().train(mode)
-        self.encoder.eval()  # BatchNorm would go on learning its statistics otherwise
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = self.encoder(x)
-        return self.classifier(h)
-
-
-class Probe(fn.Classification):
-    """A linear classifier on features (B, D): SGD with momentum, and a cosine schedule."""
-
-    def __init__(
-        self, model: nn.Linear, train: Batches, test: Batches, settings: EvaluationSettings
-    ) -> None:
-        super().__init__(model, train, test, held_out=settings.held_out)
-        self.learning_rate = settings.probe_learning_rate
-        self.epochs = settings.probe_epochs
-
-    def configure_optimizers(self) -> Any:
-        parameters, steps = self.model.parameters(), self.epochs * len(self.train_batches)
-        optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-
-@dataclass
-class Features:
-    """What one encoder makes of the labelled images.
-
-    train, test: h, float32 (N, D); their labels int64 (N,).
-    """
-
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
-
-    def labelled(self, chosen: Tensor) -> Features:
-        """The same with these training images alone, indices int64 (M,)."""
-        train, labels = self.train[chosen], self.train_labels[chosen]
-        return replace(self, train=train, train_labels=labels)
-
-
-def train_probe(
-    classifier: nn.Linear, features: Features, settings: EvaluationSettings
-) -> list[dict[str, float]]:
-    """Train `classifier` in place on features.train, as --probe says; returns its curves.
-
-    sgd: --probe_epochs epochs in batches of --probe_batch_size, momentum 0.9, a learning rate of
-    --probe_learning_rate that falls along a cosine, no weight decay. lbfgs: the optimum of
-    logistic regression with the penalty of `best_penalty`; it has no curves.
-
-    The features are standardised for the training, and the scaling is then folded into the
-    classifier's weights: still a linear classifier of h, but one learning rate suits every
-    encoder. The test curve chooses nothing.
-    """
-    std, mean = torch.std_mean(features.train, dim=0)
-    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
-    scaled = replace(
-        features, train=(features.train - mean) / std, test=(features.test - mean) / std
-    )
-
-    curves: list[dict[str, float]] = []  # L-BFGS has no epochs to draw
-    if settings.probe == "lbfgs":
-        linear = logistic_regression(scaled, best_penalty(scaled, settings.seed))
-    else:
-        torch.manual_seed(settings.seed)
-        linear = nn.Linear(scaled.train.shape[1], len(features.classes))
-        curves = train_by_sgd(linear, scaled, settings)
-
-    # w (h - mean) / std + b = (w / std) h + (b - (w / std) mean)
-    with torch.no_grad():
-        weight = linear.weight / std
-        classifier.weight.copy_(weight)
-        classifier.bias.copy_(linear.bias - weight @ mean.to(weight.dtype))
-    return curves
-
-
-def train_by_sgd(
-    linear: nn.Linear, features: Features, settings: EvaluationSettings
-) -> list[dict[str, float]]:
-    """Train `linear` in place on features.train; returns an EpochLog's rows."""
-    train = Batches(
-        features.train,
-        features.train_labels,
-        batch_size=min(settings.probe_batch_size, len(features.train)),
-        seed=settings.seed,
-    )
-    test = Batches(features.test, features.test_labels, batch_size=5000)
-    epochs = settings.probe_epochs
-
-    log = fn.EpochLog(quiet=True)
-    rate = "--probe_learning_rate"
-    trainer = fn.make_trainer(settings.machine, settings.seed, epochs, log, rate=rate)
-    fn.fit(trainer, Probe(linear, train, test, settings))
-    linear.cpu()
-    return log.rows
-
-
-PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
-
-
-def best_penalty(features: Features, seed: int) -> float:
-    """The C of PENALTIES that suits these features: chosen on a fifth of the training images.
-
-    The smaller C, the smaller the weights. An encoder that was trained briefly has features that a
-    probe can learn by heart: there it is worth a point of accuracy. The test images have no say. A
-    class of fewer than 100 labels is too small to choose by, and C is scikit-learn's 1.
-    """
-    if features.train_labels.bincount().min() < 100:
-        return PENALTIES[0]
-    held_out = fn.stratified_subset(features.train_labels, 0.2, seed)
-    part = features.labelled(fn.complement(held_out, len(features.train)))
-    unseen, labels = features.train[held_out], features.train_labels[held_out]
-
-    def accuracy(penalty: float) -> float:
-        linear = logistic_regression(part, penalty)
-        with torch.no_grad():
-            return fn.accuracy(linear(unseen.to(linear.weight.dtype)).argmax(1), labels)
-
-    return max(PENALTIES, key=accuracy)
-
-
-def logistic_regression(features: Features, penalty: float) -> nn.Linear:
-    """The optimum on features.train, found by L-BFGS. penalty: scikit-learn's C."""
-    from sklearn.linear_model import LogisticRegression
-
-    optimum = LogisticRegression(C=penalty, max_iter=1000)
-    optimum.fit(features.train.numpy(), features.train_labels.numpy())
-    weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
-    if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-
-    linear = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
-    linear.load_state_dict({"weight": weight, "bias": bias})
-    return linear
-
-
-# ------------------------------------------------------------------------------------------------
 # What is measured of one representation
 # ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Probed:
-    """What the linear probe reached. predicted: the classes of the test images, int64 (N,)."""
-
-    train_accuracy: float
-    test_accuracy: float
-    per_class: dict[str, float | None]
-    predicted: Tensor
-    curves: list[dict[str, float]]
-
-    def results(self) -> dict[str, Any]:
-        names = ("train_accuracy", "test_accuracy", "per_class")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass
-class FewLabels:
-    """Test accuracies with a few labels per class, one for each draw of which images have them."""
-
-    labels_per_class: int
-    knn_accuracies: list[float]
-    probe_accuracies: list[float]
 
 
 @dataclass
@@ -389,12 +161,16 @@ class Measured:
 
     knn: float | None = None
     probe: Probed | None = None
+    finetuned: FineTuned | None = None
     few_labels: list[FewLabels] = field(default_factory=list)
 
     def accuracies(self) -> dict[str, float]:
         """{how: test accuracy} of what was measured."""
         found = {} if self.knn is None else {"k-NN": self.knn}
-        return found if self.probe is None else found | {"linear": self.probe.test_accuracy}
+        for how, outcome in {"linear": self.probe, "fine-tuned": self.finetuned}.items():
+            if outcome is not None:
+                found[how] = outcome.test_accuracy
+        return found
 
     def results(self) -> dict[str, Any]:
         """This part of results.json."""
@@ -403,89 +179,66 @@ class Measured:
             found["knn"] = {"accuracy": self.knn}
         if self.probe is not None:
             found["probe"] = self.probe.results()
+        if self.finetuned is not None:
+            found["finetune"] = self.finetuned.results()
         if self.few_labels:
-            found["few_labels"] = [vars(few) for few in self.few_labels]
+            found["few_labels"] = [few.results() for few in self.few_labels]
         return found
 
 
-def mean_and_deviation(accuracies: Sequence[float]) -> str:
-    """Accuracies for people: their mean and, if there are several, standard deviation."""
-    mean = 100 * statistics.mean(accuracies)
-    if len(accuracies) == 1:
-        return f"{mean:.1f} %"
-    return f"{mean:.1f} ± {100 * statistics.stdev(accuracies):.1f} %"
+@dataclass
+class Tuning:
+    """How one encoder is fine-tuned: on which images, and where what it leaves belongs.
+
+    see: how it is shown images, uint8 (B, 3, H, W) -> float32. scratch: it was not pretrained.
+    """
+
+    encoder: nn.Module
+    see: nn.Module
+    images: Labelled
+    settings: EvaluationSettings
+    folder: Path
+    scratch: bool = False
+
+    def run(self, start: nn.Linear, name: str, keep: Path | None = None) -> FineTuned:
+        """Fine-tune on all labelled images, from the classifier `start`, or from a new one."""
+        start = nn.Linear(start.in_features, start.out_features) if self.scratch else start
+        where = self.folder / name
+        what = self.encoder, self.see, self.images, start, self.settings, where
+        return finetune(*what, scratch=self.scratch, keep=keep)
+
+    def on(self, chosen: Tensor, start: nn.Linear, name: str) -> float:
+        """The test accuracy with these labelled images alone, indices int64 (M,)."""
+        few = replace(self, images=self.images.labelled(chosen))
+        return few.run(start, name).test_accuracy
 
 
 def measure(
-    features: Features, settings: EvaluationSettings, classifier: nn.Linear | None = None
+    features: Features,
+    settings: EvaluationSettings,
+    classifier: nn.Linear | None = None,
+    tuning: Tuning | None = None,
+    keep: Path | None = None,
 ) -> Measured:
-    """k-NN and linear probe of one set of features, as the stages and --labels_per_class ask.
+    """k-NN, linear probe and fine-tuning, as the stages ask, and the same with few labels.
 
-    `classifier` is trained in place, so that it can be kept; unless given, it is a new one.
+    `classifier` is trained in place, so that it can be kept; unless given, it is a new one. What
+    has no `tuning`, such as raw pixels, cannot be fine-tuned. keep: where its weights are left.
     """
-    outcome = Measured()
-    if "knn" in settings.stages_list:
-        outcome.knn = knn_accuracy(features, settings)
-    if "probe" in settings.stages_list:
-        outcome.probe = probe(features, settings, classifier)
-    if settings.measures:
-        outcome.few_labels = measure_few_labels(features, settings)
-    return outcome
-
-
-def knn_accuracy(features: Features, settings: EvaluationSettings, k: int | None = None) -> float:
-    """The share of test images that their nearest training images classify rightly.
-
-    k: --knn_k unless given.
-    """
-    # Of raw pixels it is teraflops: where the encoder ran, this runs too.
-    bank, labels, queries = (
-        part.to(settings.machine.device)
-        for part in (features.train, features.train_labels, features.test)
-    )
-    k, temperature = k or settings.knn_k, settings.knn_temperature
-    predicted = fn.knn_predict(queries, bank, labels, len(features.classes), k, temperature)
-    return fn.accuracy(predicted.cpu(), features.test_labels)
-
-
-def probe(
-    features: Features, settings: EvaluationSettings, classifier: nn.Linear | None = None
-) -> Probed:
-    """Train a linear probe and test it once."""
+    outcome, stages = Measured(), settings.stages_list
     classifier = classifier or nn.Linear(features.train.shape[1], len(features.classes))
-    curves = train_probe(classifier, features, settings)
-    with torch.no_grad():
-        predicted_train = classifier(features.train).argmax(1)
-        predicted = classifier(features.test).argmax(1)
-    return Probed(
-        train_accuracy=fn.accuracy(predicted_train, features.train_labels),
-        test_accuracy=fn.accuracy(predicted, features.test_labels),
-        per_class=fn.accuracy_per_class(predicted, features.test_labels, features.classes),
-        predicted=predicted,
-        curves=curves,
-    )
-
-
-def measure_few_labels(features: Features, settings: EvaluationSettings) -> list[FewLabels]:
-    """k-NN and probe for each of --labels_per_class, over --label_seeds draws.
-
-    The probe is the optimum of logistic regression here, whatever --probe says: with so few
-    images it takes no time. A neighbour can have no more than all its class's labels, so k is at
-    most that.
-    """
-    found = []
-    optimum = replace(settings, probe="lbfgs")
-    for count in settings.label_counts:
-        few = FewLabels(count, [], [])
-        for draw in range(settings.label_seeds):
-            seed = settings.seed + draw  # the same draws for every encoder: a paired comparison
-            chosen = fn.per_class_subset(features.train_labels, count, seed)
-            part = features.labelled(chosen)
-            k = min(settings.knn_k, count)
-            few.knn_accuracies.append(knn_accuracy(part, settings, k))
-            few.probe_accuracies.append(probe(part, optimum).test_accuracy)
-        found.append(few)
-    return found
+    if "knn" in stages:
+        outcome.knn = knn_accuracy(features, settings)
+    if "probe" in stages:
+        outcome.probe = probe(features, settings, classifier)
+    if "finetune" in stages and tuning is not None:
+        if "probe" not in stages and not tuning.scratch:
+            train_probe(classifier, features, settings)  # where fine-tuning begins
+        outcome.finetuned = tuning.run(classifier, "all-labels", keep)
+    if settings.measures:
+        finetune = tuning.on if "finetune" in stages and tuning is not None else None
+        outcome.few_labels = measure_few_labels(features, settings, finetune)
+    return outcome
 
 
 # ------------------------------------------------------------------------------------------------
@@ -526,34 +279,44 @@ def evaluate(
     """
     measured: dict[str, Measured] = {}
     resize = Resized(settings.evaluation_size)
+    images = labelled_images(data, settings)
 
     # What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and
     # on simple images the pixels alone are hard to beat.
     if settings.baselines and settings.measures:
         print("measuring raw pixels and the untrained encoder", flush=True)
         own = fn.Normalize(data.pretraining_images)
-        pixels = nn.Sequential(own, nn.Flatten())
-        random = nn.Sequential(resize, own, untrained)
-        for name, baseline in {"raw pixels": pixels, "untrained encoder": random}.items():
-            features = features_of(baseline, data, settings)
-            measured[name] = measure(features, settings)
+        pixels = features_of(nn.Sequential(own, nn.Flatten()), images, settings)
+        measured["raw pixels"] = measure(pixels, settings)
+        see, place = nn.Sequential(resize, own), folder / "from-scratch"
+        scratch = Tuning(untrained, see, images, settings, place, scratch=True)
+        h = features_of(nn.Sequential(see, untrained), images, settings)
+        measured["untrained encoder"] = measure(h, settings, None, scratch)
 
-    h = features_of(nn.Sequential(resize, normalize, encoder), data, settings)
+    see = nn.Sequential(resize, normalize)
+    h = features_of(nn.Sequential(see, encoder), images, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
     print(f"measuring the pretrained encoder on {labelled}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew
     # in every epoch. What is saved is the whole classifier, from images to logits.
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
-    ours = measured["pretrained encoder"] = measure(h, settings, classifier.classifier)
+    tuning = Tuning(encoder, see, images, settings, folder / "finetuning")
+    keep = folder / "finetuned.pt"
+    ours = measure(h, settings, classifier.classifier, tuning, keep)
+    measured["pretrained encoder"] = ours
     if ours.probe is not None:
         fn.save_torch(folder / "classifier.pt", classifier.state_dict())
         train, test = fn.percent(ours.probe.train_accuracy), fn.percent(ours.probe.test_accuracy)
         print(f"linear probe: train {train}, {settings.held_out} {test}")
         fn.print_per_class(ours.probe.per_class)
+    if ours.finetuned is not None:
+        test = fn.percent(ours.finetuned.test_accuracy)
+        print(f"fine-tuned in {ours.finetuned.steps:,} steps: {settings.held_out} {test}")
+        fn.print_per_class(ours.finetuned.per_class)
     if settings.measures:
         print_table(measured, settings.held_out)
     if ours.few_labels:
-        print_few_labels(few_labels(measured), settings)
+        print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
     return Evaluation(measured, h)
 
 
@@ -562,20 +325,29 @@ def few_labels(measured: dict[str, Measured]) -> dict[str, list[FewLabels]]:
     return {name: outcome.few_labels for name, outcome in measured.items()}
 
 
-def features_of(model: nn.Module, data: ImageDataset, settings: EvaluationSettings) -> Features:
-    """What a model makes of the labelled images, --label_fraction of the training ones.
+def labelled_images(data: ImageDataset, settings: EvaluationSettings) -> Labelled:
+    """The labelled images of a set, --label_fraction of the training ones.
 
-    uint8 (B, C, H, W) -> (B, D). Raises UserError for a set without labels.
+    Raises UserError for a set without labels.
     """
     train_images, train_labels, test_images, test_labels = data.labelled()
     chosen = fn.stratified_subset(train_labels, settings.label_fraction, settings.seed)
-    return Features(
-        train=fn.extract_features(model, Subset(train_images, chosen), settings.machine),
+    return Labelled(
+        train=Subset(train_images, chosen),
         train_labels=train_labels[chosen],
-        test=fn.extract_features(model, test_images, settings.machine),
+        test=test_images,
         test_labels=test_labels,
         classes=data.classes,
     )
+
+
+def features_of(model: nn.Module, images: Labelled, settings: EvaluationSettings) -> Features:
+    """What a model makes of the labelled images: uint8 (B, C, H, W) -> (B, D)."""
+    train, test = (
+        fn.extract_features(model, part, settings.machine) for part in (images.train, images.test)
+    )
+    labels = images.train_labels, images.test_labels
+    return Features(train, labels[0], test, labels[1], images.classes, settings.held_out)
 
 
 def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> None:
@@ -591,44 +363,32 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
                 {"probe": ours.probe.curves}, settings.held_out, folder / "probe.png", title
             )
 
-    if ours.few_labels:
+    if ours.finetuned is not None:
+        file, predicted = folder / "finetuned_confusion_matrix.png", ours.finetuned.predicted
+        predictions = torch.tensor(predicted)
+        fn.plot_confusion_matrix(predictions, h.test_labels, h.classes, file, "Fine-tuned")
         curves = {
-            name: {
-                "k-NN": {each.labels_per_class: each.knn_accuracies for each in found},
-                "linear probe": {each.labels_per_class: each.probe_accuracies for each in found},
-            }
-            for name, found in few_labels(measured).items()
+            {"pretrained encoder": "fine-tuned"}.get(name, "from scratch"): outcome.finetuned.rows
+            for name, outcome in measured.items()
+            if outcome.finetuned is not None
         }
-        figures.plot_few_labels(curves, folder / "few_labels.png")
+        title = "Fine-tuning, and the same network from scratch"
+        fn.plot_curves(curves, "validation", folder / "finetuning.png", title)
+    if ours.few_labels:
+        figures.plot_few_labels(few_labels(measured), len(h.classes), folder / "few_labels.png")
     if "tsne" in settings.stages_list:
         figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
 
 
 def print_table(measured: dict[str, Measured], held_out: str) -> None:
     """The outcome at a glance: accuracy on the held-out images, a row per representation."""
-    methods = list(next(iter(measured.values())).accuracies())
+    methods = list(dict.fromkeys(how for each in measured.values() for how in each.accuracies()))
     rows = [[f"{held_out} accuracy", *methods]]
     for name, outcome in measured.items():
-        rows.append([name, *map(fn.percent, outcome.accuracies().values())])
+        found = outcome.accuracies()
+        rows.append([name, *(fn.percent(found[how]) if how in found else "" for how in methods)])
     print()
     fn.print_columns(rows)
-    print()
-
-
-def print_few_labels(few: dict[str, list[FewLabels]], settings: EvaluationSettings) -> None:
-    """Accuracies with few labels: a row for each number of labels per class."""
-    representations = [name.split()[0] for name in few]  # raw, untrained, pretrained
-    rows = [
-        ["labels", *(name for name in representations for _ in ("k-NN", "linear"))],
-        ["per class", *("k-NN", "linear") * len(representations)],
-    ]
-    for same_count in zip(*few.values(), strict=True):
-        row = [str(same_count[0].labels_per_class)]
-        for found in same_count:
-            row.append(mean_and_deviation(found.knn_accuracies))
-            row.append(mean_and_deviation(found.probe_accuracies))
-        rows.append(row)
-    what, draws = f"{settings.held_out} accuracy", f"{settings.label_seeds} draws of the labels"
-    print(f"  {what}, mean ± standard deviation of {draws}:\n")
-    fn.print_columns(rows)
+    if "fine-tuned" in methods and len(measured) > 1:
+        print("  fine-tuned, the untrained encoder is the same network trained from scratch")
     print()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions as fn
+from contrastive.few_labels import FewLabels
 
 
 @fn.drawing
@@ -72,30 +73,43 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
 
 
 @fn.drawing
-def plot_few_labels(curves: dict[str, dict[str, dict[int, list[float]]]], file: Path) -> None:
-    """Test accuracy over labels per class: mean and standard deviation over the draws.
+def plot_few_labels(found: dict[str, list[FewLabels]], classes: int, file: Path) -> None:
+    """Test accuracy over labels per class: the mean over the draws, in a band of one deviation.
 
-    curves: {representation: {method: {labels per class: an accuracy for each draw}}}; a panel per
-    method, a colour per representation.
+    found: {representation: what it reached with each amount of labels}; a panel per method, a
+    colour per representation. Where fine-tuned, the untrained encoder is trained from scratch.
     """
-    methods = list(next(iter(curves.values())))
-    figure, axes = fn.new_figure(10, 4, columns=len(methods))
-    for axis, method in zip(axes, methods, strict=True):
-        for name, found in curves.items():
-            counts, accuracies = list(found[method]), np.array(list(found[method].values()))
-            spread = accuracies.std(axis=1, ddof=min(1, accuracies.shape[1] - 1))
-            look = {"marker": "o", "markersize": 4, "capsize": 3}
-            axis.errorbar(counts, accuracies.mean(axis=1), spread, label=name, **look)
+    ours = list(found.values())[-1]
+    methods = list(ours[0].accuracies())
+    figure, axes = fn.new_figure(4.3 * len(methods) + 2, 4, columns=len(methods))
+    panels = np.atleast_1d(axes)
+    for axis, method in zip(panels, methods, strict=True):
+        for color, (name, amounts) in enumerate(found.items()):
+            measured = sorted(
+                (few.images / classes, few.accuracies()[method])
+                for few in amounts
+                if method in few.accuracies()
+            )
+            if not measured:
+                continue
+            x = [count for count, _ in measured]
+            y = np.array([accuracies for _, accuracies in measured])  # (amounts, draws)
+            means, spread = y.mean(axis=1), y.std(axis=1, ddof=min(1, y.shape[1] - 1))
+            axis.plot(x, means, marker="o", markersize=4, color=f"C{color}", label=name)
+            band = means - spread, means + spread
+            axis.fill_between(x, *band, color=f"C{color}", alpha=0.2, linewidth=0)
         axis.set(title=method, xlabel="labels per class", ylabel="test accuracy", xscale="log")
-        axis.set_xticks(counts, map(str, counts))
+        counts = sorted({few.images / classes for few in ours})
+        axis.set_xticks(counts, [f"{count:,.3g}" for count in counts])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
 
-    limits = [limit for axis in axes for limit in axis.get_ylim()]
-    for axis in axes:  # the same scale in both panels
+    limits = [limit for axis in panels for limit in axis.get_ylim()]
+    for axis in panels:  # the same scale in all panels
         axis.set_ylim(min(limits), max(limits))
         fn.of_accuracy(axis)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    legend = panels[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside right center", frameon=False)
     fn.save_figure(figure, file)
 
 

@@ -12,10 +12,18 @@ sys.path.insert(0, str(ROOT))
 
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
-from contrastive.evaluation import EvaluationSettings, ProbeSettings  # noqa: E402
+from contrastive.evaluation import EvaluationSettings  # noqa: E402
+from contrastive.few_labels import FewLabelsSettings  # noqa: E402
+from contrastive.finetuning import FineTuningSettings  # noqa: E402
+from contrastive.probe import ProbeSettings  # noqa: E402
 
 WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time"}
 WHERE |= {"stages", "checkpoint"}
+OF_EVALUATION = {
+    name
+    for settings in (EvaluationSettings, ProbeSettings, FewLabelsSettings, FineTuningSettings)
+    for name in settings.__annotations__
+}
 
 
 def begin(config: str) -> simCLR.Config:
@@ -34,8 +42,7 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
     if config.checkpoint:
         earlier = Path(config.checkpoint)
         results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
-        of_evaluation = EvaluationSettings.__annotations__ | ProbeSettings.__annotations__
-        flags = {name: value for name, value in flags.items() if name in of_evaluation}
+        flags = {name: value for name, value in flags.items() if name in OF_EVALUATION}
         flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base) | flags
     return {
         "script": results["script"],

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import functions as fn
 import rnn
 import simCLR
-from contrastive import evaluation
+from contrastive.probe import Probe
 from machinery import command_line
 
 # Views that are the images themselves: devices and micro-batches draw different views, but must
@@ -540,7 +540,7 @@ def test_evaluation_stays_on_the_gpu(fake_cuda):
         labels = torch.zeros(20, dtype=torch.long, device="cuda")
         predicted = fn.knn_predict(h[:5], h[5:], labels[5:], 10, k=3)
         batches = fn.Batches(h, labels, batch_size=4, seed=0)
-        probe = evaluation.Probe(classifier, batches, batches, simCLR.Config())
+        probe = Probe(classifier, batches, batches, simCLR.Config())
         outcome = probe.training_step(next(iter(batches)), 0)
 
     assert (predicted.device.type, predicted.shape) == ("cuda", (5,))

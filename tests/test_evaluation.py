@@ -1,4 +1,4 @@
-"""contrastive/evaluation.py: the frozen encoder, k-NN and the linear probe."""
+"""The frozen encoder: k-NN, the linear probe, few labels."""
 
 import pytest
 import torch
@@ -7,25 +7,26 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive import evaluation
+from contrastive import evaluation, few_labels
+from contrastive import probe as probing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def blobs(
     num_classes: int = 3, spread: float = 0.1, per_class: int = 40, dim: int = 6
-) -> evaluation.Features:
+) -> probing.Features:
     """Gaussian clouds around orthogonal unit vectors; with a small spread, linearly separable."""
     labels = torch.arange(num_classes).repeat(per_class)
     centres = torch.eye(dim)[labels]
     train, test = (centres + spread * torch.randn(len(labels), dim) for _ in range(2))
     classes = tuple(f"class {i}" for i in range(num_classes))
-    return evaluation.Features(train, labels, test, labels, classes)
+    return probing.Features(train, labels, test, labels, classes)
 
 
-def probed(features: evaluation.Features, probe: str, **values) -> nn.Linear:
+def probed(features: probing.Features, probe: str, **values) -> nn.Linear:
     classifier = nn.Linear(features.train.shape[1], len(features.classes))
-    evaluation.train_probe(
+    probing.train_probe(
         classifier,
         features,
         make_config(probe=probe, probe_epochs=20, probe_batch_size=32, **values),
@@ -34,7 +35,7 @@ def probed(features: evaluation.Features, probe: str, **values) -> nn.Linear:
 
 
 @torch.no_grad()
-def accuracy_of(classifier: nn.Module, features: evaluation.Features) -> float:
+def accuracy_of(classifier: nn.Module, features: probing.Features) -> float:
     return fn.accuracy(classifier(features.test).argmax(1), features.test_labels)
 
 
@@ -84,8 +85,8 @@ def test_the_probe_leaves_every_bit_of_the_encoder(encoder, probe):
     before, config = cloned_state(model.classifier), make_config(probe=probe, probe_epochs=2)
     pipeline = nn.Sequential(fn.Normalize(images), encoder)
     h = fn.extract_features(pipeline, images, config.machine)
-    features = evaluation.Features(h, labels, h, labels, ("a", "b", "c"))
-    evaluation.train_probe(model.classifier, features, config)
+    features = probing.Features(h, labels, h, labels, ("a", "b", "c"))
+    probing.train_probe(model.classifier, features, config)
 
     assert_same_bits(encoder, state)
     assert all(parameter.grad is None for parameter in encoder.parameters())
@@ -148,19 +149,19 @@ def noisy_blobs(noise, per_class=300):
 def test_the_penalty_is_chosen_without_the_test_images(monkeypatch):
     """Much noise asks for small weights; what the test images are like does not matter."""
     features = noisy_blobs(noise=0.6)
-    chosen = evaluation.best_penalty(features, seed=0)
-    assert chosen == min(evaluation.PENALTIES)
+    chosen = probing.best_penalty(features, seed=0)
+    assert chosen == min(probing.PENALTIES)
     features.test, features.test_labels = features.test * torch.nan, features.test_labels * 0
-    assert evaluation.best_penalty(features, seed=0) == chosen
+    assert probing.best_penalty(features, seed=0) == chosen
 
     features = noisy_blobs(noise=0.6)
     reached = accuracy_of(probed(features, "lbfgs"), features)
-    monkeypatch.setattr(evaluation, "best_penalty", lambda *_: 1.0)
+    monkeypatch.setattr(probing, "best_penalty", lambda *_: 1.0)
     assert reached > accuracy_of(probed(features, "lbfgs"), features)
 
 
 def test_a_few_labels_choose_no_penalty():
-    assert evaluation.best_penalty(noisy_blobs(noise=0.6, per_class=99), seed=0) == 1.0
+    assert probing.best_penalty(noisy_blobs(noise=0.6, per_class=99), seed=0) == 1.0
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
@@ -175,7 +176,7 @@ def test_the_sgd_probe_records_an_epoch_per_row():
     """The last row describes the classifier that comes back."""
     features, classifier = blobs(spread=0.8), nn.Linear(6, 3)
     features.train, features.test = features.train + 5, features.test + 5
-    rows = evaluation.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
+    rows = probing.train_probe(classifier, features, make_config(probe="sgd", probe_epochs=3))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy"} <= set(rows[0])
     assert rows[-1]["test_accuracy"] == pytest.approx(accuracy_of(classifier, features))
@@ -223,8 +224,8 @@ def test_only_the_stages_asked_for_are_measured(stages, keys):
 def test_one_label_per_class_of_separable_features_is_enough():
     features = blobs(spread=0.01, dim=3)
     config = make_config(labels_per_class="2,1", label_seeds=3, knn_k=5)
-    one, two = evaluation.measure_few_labels(features, config)
-    assert (one.labels_per_class, two.labels_per_class) == (1, 2)
+    one, two = few_labels.measure_few_labels(features, config)
+    assert (one.amount.per_class, two.amount.per_class) == (1, 2)
     assert one.knn_accuracies == two.knn_accuracies == [1.0] * 3
     assert one.probe_accuracies == two.probe_accuracies == [1.0] * 3
 
@@ -233,7 +234,7 @@ def test_with_one_label_per_class_the_nearest_of_them_decides():
     """The k-NN of each draw, written out: the labels that the draw's seed chooses, and k = 1."""
     features = blobs(spread=2.0)
     config = make_config(labels_per_class=1, label_seeds=4, knn_k=5, seed=7)
-    (few,) = evaluation.measure_few_labels(features, config)
+    (few,) = few_labels.measure_few_labels(features, config)
 
     expected = []
     for seed in (7, 8, 9, 10):
@@ -249,7 +250,7 @@ def test_with_one_label_per_class_the_nearest_of_them_decides():
 def test_more_labels_help_where_one_is_not_enough():
     features = blobs(spread=1.5, per_class=200)
     config = make_config(labels_per_class="1,100", label_seeds=5, knn_k=20)
-    one, many = evaluation.measure_few_labels(features, config)
+    one, many = few_labels.measure_few_labels(features, config)
     assert sum(many.knn_accuracies) > sum(one.knn_accuracies) + 0.2
     assert sum(many.probe_accuracies) > sum(one.probe_accuracies) + 0.2
 
@@ -260,9 +261,42 @@ def test_a_wrong_number_of_labels_is_named(value):
         make_config(labels_per_class=value).validate()
 
 
+@pytest.mark.parametrize("value", ["0", "0.1,0", "1.5", "-0.1", ".nan", "inf", "some", "0.1,,1"])
+def test_a_wrong_share_of_labels_is_named(value):
+    with pytest.raises(fn.UserError, match="--label_fractions"):
+        make_config(label_fractions=value).validate()
+
+
+def test_few_labels_are_among_more_of_the_same_draw():
+    """One per class among 4, 1 % among 10 %, and 10 % among all; the draws differ."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([100, 200, 400]))[torch.randperm(700)]
+    config = make_config(labels_per_class="4,1", label_fractions="0.1,0.01,1")
+    one, four, hundredth, tenth, whole = config.label_amounts
+    for seed in (0, 1):
+        chosen = [
+            set(amount.choose(labels, seed).tolist())
+            for amount in (one, four, hundredth, tenth, whole)
+        ]
+        assert chosen[0] < chosen[1]
+        assert chosen[2] < chosen[3] < chosen[4]
+        assert [len(each) for each in chosen] == [3, 12, 7, 70, 700]
+        counts = labels[tenth.choose(labels, seed)].bincount()
+        assert counts.tolist() == [10, 20, 40]  # stratified
+    assert not torch.equal(one.choose(labels, 0), one.choose(labels, 1))
+
+
+def test_a_share_that_leaves_a_class_without_a_label_is_refused():
+    labels = torch.tensor([0] * 100 + [1] * 20)
+    (amount,) = make_config(label_fractions="0.02").label_amounts
+    with pytest.raises(fn.UserError, match=r"--label_fractions 0.02 .* b .*20 labels.* 0.05"):
+        amount.check(labels, ("a", "b"))
+    (enough,) = make_config(label_fractions="0.05").label_amounts
+    enough.check(labels, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("accuracies", "words"),
     [([0.5], "50.0 %"), ([0.5, 0.7], "60.0 ± 14.1 %"), ([1.0, 1.0, 1.0], "100.0 ± 0.0 %")],
 )
 def test_mean_and_sample_standard_deviation(accuracies, words):
-    assert evaluation.mean_and_deviation(accuracies) == words
+    assert few_labels.mean_and_deviation(accuracies) == words

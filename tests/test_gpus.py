@@ -20,7 +20,7 @@ import functions as fn
 import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
-from contrastive import augmentation, evaluation, memory, plan
+from contrastive import augmentation, evaluation, memory, plan, probe
 from contrastive.arithmetic import arithmetic
 from machinery import checkpoints, devices, files, processes, run_folder, training
 
@@ -282,10 +282,8 @@ def test_knn_runs_where_the_encoder_ran(monkeypatch):
     monkeypatch.setattr(fn, "knn_predict", knn_predict)
     machine = property(lambda self: devices.Machine("meta", "fp32"))
     monkeypatch.setattr(evaluation.EvaluationSettings, "machine", machine)
-    features = evaluation.Features(
-        randn(6, 4), randint(2, 6), randn(3, 4), randint(2, 3), ("a", "b")
-    )
-    evaluation.knn_accuracy(features, make_config(stages="knn", checkpoint="x"))
+    features = probe.Features(randn(6, 4), randint(2, 6), randn(3, 4), randint(2, 3), ("a", "b"))
+    probe.knn_accuracy(features, make_config(stages="knn", checkpoint="x"))
     assert seen == ["meta"] * 3
 
 

@@ -43,7 +43,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/augmentation.py": set(),
     "contrastive/small_maps.py": set(),
     "contrastive/signals.py": set(),
-    "contrastive/figures.py": set(),
+    "contrastive/figures.py": {"few_labels"},
     "contrastive/caching.py": set(),
     "contrastive/losses.py": set(),
     "contrastive/lars.py": set(),
@@ -52,7 +52,12 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/plan.py": {"arithmetic", "memory"},
     "contrastive/whitening.py": set(),
     "contrastive/pretrained.py": set(),
-    "contrastive/evaluation.py": {"figures", "pretrained"},
+    "contrastive/probe.py": set(),
+    "contrastive/few_labels.py": {"probe"},
+    "contrastive/finetuning.py": set(),
+    "contrastive/evaluation.py": {
+        *("figures", "pretrained", "probe", "few_labels", "finetuning"),
+    },
 }
 
 

@@ -19,7 +19,7 @@ import functions as fn
 import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
-from contrastive.evaluation import mean_and_deviation
+from contrastive.few_labels import mean_and_deviation
 from contrastive.losses import contrastive_loss
 from machinery import command_line
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
-from contrastive.evaluation import mean_and_deviation  # noqa: E402
+from contrastive.few_labels import mean_and_deviation  # noqa: E402
 from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_ablation.yaml"

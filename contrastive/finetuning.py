@@ -1,0 +1,255 @@
+"""Fine-tuning: the whole encoder learns on, with labels. Appendix B.5 and B.8."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+import functions as fn
+from functions import Batches, Subset
+
+ENOUGH = 100  # labels of each class, of which a tenth can choose an epoch
+
+
+@dataclass
+class FineTuningSettings(fn.LongRun):
+    """How the encoder learns on with labels."""
+
+    title: ClassVar[str] = "fine-tuning"
+
+    finetune_epochs: int = 30
+    """passes over the labelled images (the paper: 30 with a tenth of ImageNet's labels, 60 with a
+    hundredth)"""
+    finetune_steps: int = 300
+    """steps at least: few labels are passed over more often"""
+    finetune_batch_size: int = 256
+    """images per batch of fine-tuning"""
+    finetune_learning_rate: float = 0.05
+    """of fine-tuning, for a batch of 256; it follows the batch, and falls along a cosine"""
+    finetune_encoder_rate: float = 0.1
+    """share of it with which the pretrained encoder learns (the paper: 1)"""
+    finetune_head: Literal["linear", "mlp"] = "linear"
+    """what classifies h: a linear layer, which begins as the linear probe, or one with a hidden
+    layer as wide as h before it"""
+    finetune_flip: float = 0.5
+    """probability of a horizontal flip in fine-tuning: 0 where left and right matter"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("finetune_epochs finetune_steps", fn.at_least(1))
+        self.require("finetune_batch_size", fn.at_least(2))
+        self.require("finetune_learning_rate", fn.POSITIVE)
+        self.require("finetune_encoder_rate", fn.SHARE)
+        self.require("finetune_flip", fn.PROBABILITY)
+
+
+@dataclass
+class Labelled:
+    """Images to fine-tune on, and those to test on once.
+
+    train, test: uint8 (N, 3, H, W); their labels int64 (N,).
+    """
+
+    train: Tensor | Subset
+    train_labels: Tensor
+    test: Tensor | Subset
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    def labelled(self, chosen: Tensor) -> Labelled:
+        """The same with these training images alone, indices int64 (M,)."""
+        part = Subset(self.train, chosen), self.train_labels[chosen]
+        return Labelled(*part, self.test, self.test_labels, self.classes)
+
+
+class FineTuning(fn.Classification):
+    """images -> logits through an encoder that learns on: SGD with Nesterov momentum.
+
+    see: how the encoder is shown images, uint8 (B, 3, H, W) -> float32. No weight decay, crops and
+    flips alone (Appendix B.5); crops are shifts by up to an eighth of the side, as is usual for
+    small images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        see: nn.Module,
+        parts: tuple[Batches, Batches],
+        rates: tuple[float, float],
+        total_steps: int,
+        flip: float,
+    ) -> None:
+        super().__init__(model, *parts)
+        self.see = see
+        self.rates = rates  # of the classifier, of the encoder
+        self.total_steps = total_steps
+        self.flip = flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.see(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        images = fn.random_crop_and_flip(images, images.shape[-1] // 8, self.flip)
+        return self._step((images, labels))
+
+    def configure_optimizers(self) -> Any:
+        parts = (self.model.get_submodule(name) for name in ("classifier", "encoder"))
+        groups = [
+            {"params": list(part.parameters()), "lr": rate}
+            for part, rate in zip(parts, self.rates, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+@dataclass
+class FineTuned:
+    """What fine-tuning reached; all but `predicted` and `rows` go to results.json.
+
+    best_epoch: the one that a tenth of the labelled images chose; None where they are too few to
+    choose by, and the last one is taken. predicted: classes of the test images. rows: of its
+    epochs.
+    """
+
+    test_accuracy: float
+    per_class: dict[str, float | None]
+    labels: int
+    epochs: int
+    steps: int
+    best_epoch: int | None
+    predicted: list[int]
+    rows: list[dict[str, float]]
+
+    def results(self) -> dict[str, Any]:
+        """This part of results.json."""
+        return {k: v for k, v in vars(self).items() if k not in ("predicted", "rows")}
+
+
+def classifier_head(start: nn.Linear, kind: str) -> nn.Module:
+    """What classifies h (B, D) -> (B, classes): the linear layer `start`, or as --finetune_head."""
+    if kind == "linear":
+        return copy.deepcopy(start).float()
+    width, classes = start.in_features, start.out_features
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, classes))
+
+
+def finetune(
+    encoder: nn.Module,
+    see: nn.Module,
+    images: Labelled,
+    start: nn.Linear,
+    settings: FineTuningSettings,
+    folder: Path,
+    *,
+    scratch: bool = False,
+    keep: Path | None = None,
+) -> FineTuned:
+    """Train a copy of `encoder`, images (B, 3, H, W) -> h (B, D), and a classifier, with labels.
+
+    see: how the encoder is shown images, uint8 (B, 3, H, W) -> float32. start: the classifier to
+    begin with; the linear probe, for example, so that the first steps do not spoil the encoder to
+    make up for a classifier that knows nothing (Kumar et al. 2022, arXiv 2202.10054). scratch: the
+    encoder knows nothing either and learns with the whole rate. keep: where the weights are to be
+    left, with keys encoder.* and classifier.*.
+
+    What it did is noted in `folder`: an interrupted one goes on, a finished one is not repeated.
+    """
+    outcome = folder / "outcome.json"
+    if outcome.is_file():
+        return FineTuned(**json.loads(outcome.read_text("utf-8")))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    head = classifier_head(start, settings.finetune_head)
+    model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
+    model.train().requires_grad_(True)  # a probe may have left the encoder frozen
+    train, chooses = split(images, settings)
+    epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train[0])))
+    rate = settings.finetune_learning_rate * train[0].batch_size / 256
+    rates = rate, (rate if scratch else rate * settings.finetune_encoder_rate)
+    module = FineTuning(model, see, train, rates, epochs * len(train[0]), settings.finetune_flip)
+
+    log = fn.EpochLog(folder / "metrics.csv", quiet=keep is None)
+    best = "validation_accuracy" if chooses else None
+    checkpoints = folder / "checkpoints"
+    kept = fn.Checkpoints(checkpoints, log, best, settings.checkpoint_every)
+    options: dict[str, Any] = {} if chooses else {"limit_val_batches": 0}
+    trainer = fn.make_trainer(
+        settings.machine,
+        settings.seed,
+        epochs,
+        log,
+        checkpoint=kept,
+        rate="--finetune_learning_rate",
+        max_time=settings.max_time,
+        **options,
+    )
+    fn.fit(trainer, module, checkpoints / "last.ckpt")
+    if kept.best_weights is not None:
+        module.load_state_dict(kept.best_weights)
+
+    found = tested(module, images, log.rows, settings.machine, best)
+    if keep is not None:
+        fn.save_torch(keep, {name: value.cpu() for name, value in model.state_dict().items()})
+    fn.write_atomically(outcome, json.dumps(vars(found)).encode())
+    shutil.rmtree(checkpoints)  # a hundred megabytes, of which all that matters is kept
+    return found
+
+
+def split(images: Labelled, settings: FineTuningSettings) -> tuple[tuple[Batches, Batches], bool]:
+    """(batches to train on, batches to choose the epoch by), and whether they choose it.
+
+    A stratified tenth of the labelled images chooses where every class has at least ENOUGH labels.
+    """
+    labels = images.train_labels
+    chooses = int(labels.bincount(minlength=len(images.classes)).min()) >= ENOUGH
+    held_out = fn.stratified_subset(labels, 0.1, settings.seed)
+    rest = fn.complement(held_out, len(labels)) if chooses else torch.arange(len(labels))
+    size = min(settings.finetune_batch_size, len(rest))
+    train = Batches(
+        Subset(images.train, rest),
+        labels[rest],
+        batch_size=size,
+        seed=settings.seed,
+        drop_last=len(rest) % size == 1,  # BatchNorm cannot normalise a single image
+    )
+    return (
+        train,
+        Batches(Subset(images.train, held_out), labels[held_out], batch_size=500),
+    ), chooses
+
+
+def tested(
+    module: FineTuning,
+    images: Labelled,
+    rows: list[dict[str, float]],
+    machine: fn.Machine,
+    best: str | None,
+) -> FineTuned:
+    """What a fine-tuned network makes of the test images, which it sees once."""
+    predicted = fn.extract_features(module, images.test, machine).argmax(1)
+    epoch = int(max(rows, key=lambda row: row[best])["epoch"]) if best else None
+    return FineTuned(
+        test_accuracy=fn.accuracy(predicted, images.test_labels),
+        per_class=fn.accuracy_per_class(predicted, images.test_labels, images.classes),
+        labels=len(images.train_labels),
+        epochs=len(rows),
+        steps=len(rows) * len(module.train_batches),
+        best_epoch=epoch,
+        predicted=predicted.tolist(),
+        rows=rows,
+    )

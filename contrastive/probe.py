@@ -1,0 +1,265 @@
+"""k-NN and the linear probe: what can be read off frozen features. Section 4.2, Appendix B.6."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+import functions as fn
+from functions import Batches
+
+
+@dataclass
+class ProbeSettings(fn.RunConfig):
+    """How the classes are read off the features."""
+
+    title: ClassVar[str] = "k-NN and linear probe"
+
+    knn_k: int = 200
+    """neighbours that vote in k-NN"""
+    knn_temperature: float = 0.1
+    """tau of the votes' weights in k-NN"""
+    probe: Literal["sgd", "lbfgs"] = "sgd"
+    """how the linear probe is trained: step by step with curves, or to the optimum of logistic
+    regression, its penalty chosen on a fifth of the labelled training images"""
+    probe_epochs: int = 100
+    """epochs of the linear probe"""
+    probe_batch_size: int = 512
+    """images per batch of the linear probe"""
+    probe_learning_rate: float = 0.03
+    """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
+    probe_layer: int = 0
+    """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
+    as --head_layers is z (Section 4.2)"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("knn_k probe_epochs", fn.at_least(1))
+        self.require("probe_layer", fn.NOT_NEGATIVE)
+        self.require("probe_batch_size", fn.at_least(2))
+        self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
+
+
+@dataclass
+class Features:
+    """What one encoder makes of the labelled images.
+
+    train, test: h, float32 (N, D); their labels int64 (N,). held_out: what the latter are, test or
+    validation images.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    held_out: str = "test"
+
+    def labelled(self, chosen: Tensor) -> Features:
+        """The same with these training images alone, indices int64 (M,)."""
+        train, labels = self.train[chosen], self.train_labels[chosen]
+        return replace(self, train=train, train_labels=labels)
+
+
+# ------------------------------------------------------------------------------------------------
+# k-NN
+# ------------------------------------------------------------------------------------------------
+
+
+def knn_accuracy(features: Features, settings: ProbeSettings, k: int | None = None) -> float:
+    """The share of test images that their nearest training images classify rightly.
+
+    k: --knn_k unless given.
+    """
+    # Of raw pixels it is teraflops: where the encoder ran, this runs too.
+    bank, labels, queries = (
+        part.to(settings.machine.device)
+        for part in (features.train, features.train_labels, features.test)
+    )
+    k, temperature = k or settings.knn_k, settings.knn_temperature
+    predicted = fn.knn_predict(queries, bank, labels, len(features.classes), k, temperature)
+    return fn.accuracy(predicted.cpu(), features.test_labels)
+
+
+# ------------------------------------------------------------------------------------------------
+# The linear probe
+# ------------------------------------------------------------------------------------------------
+
+
+class LinearClassifier(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes) through a frozen encoder.
+
+    Frozen: no gradient, and BatchNorm in eval mode. `classifier` is what the probe trains.
+    """
+
+    def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)  # the optimizer could not move it by mistake
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> LinearClassifier:
+        super().train(mode)
+        self.encoder.eval()  # BatchNorm would go on learning its statistics otherwise
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.classifier(h)
+
+
+class Probe(fn.Classification):
+    """A linear classifier on features (B, D): SGD with momentum, and a cosine schedule."""
+
+    def __init__(
+        self,
+        model: nn.Linear,
+        train: Batches,
+        test: Batches,
+        settings: ProbeSettings,
+        held_out: str = "test",
+    ) -> None:
+        super().__init__(model, train, test, held_out)
+        self.learning_rate = settings.probe_learning_rate
+        self.epochs = settings.probe_epochs
+
+    def configure_optimizers(self) -> Any:
+        parameters, steps = self.model.parameters(), self.epochs * len(self.train_batches)
+        optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def train_probe(
+    classifier: nn.Linear, features: Features, settings: ProbeSettings
+) -> list[dict[str, float]]:
+    """Train `classifier` in place on features.train, as --probe says; returns its curves.
+
+    sgd: --probe_epochs epochs in batches of --probe_batch_size, momentum 0.9, a learning rate of
+    --probe_learning_rate that falls along a cosine, no weight decay. lbfgs: the optimum of
+    logistic regression with the penalty of `best_penalty`; it has no curves.
+
+    The features are standardised for the training, and the scaling is then folded into the
+    classifier's weights: still a linear classifier of h, but one learning rate suits every
+    encoder. The test curve chooses nothing.
+    """
+    std, mean = torch.std_mean(features.train, dim=0)
+    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
+    scaled = replace(
+        features, train=(features.train - mean) / std, test=(features.test - mean) / std
+    )
+
+    curves: list[dict[str, float]] = []  # L-BFGS has no epochs to draw
+    if settings.probe == "lbfgs":
+        linear = logistic_regression(scaled, best_penalty(scaled, settings.seed))
+    else:
+        torch.manual_seed(settings.seed)
+        linear = nn.Linear(scaled.train.shape[1], len(features.classes))
+        curves = train_by_sgd(linear, scaled, settings)
+
+    # w (h - mean) / std + b = (w / std) h + (b - (w / std) mean)
+    with torch.no_grad():
+        weight = linear.weight / std
+        classifier.weight.copy_(weight)
+        classifier.bias.copy_(linear.bias - weight @ mean.to(weight.dtype))
+    return curves
+
+
+def train_by_sgd(
+    linear: nn.Linear, features: Features, settings: ProbeSettings
+) -> list[dict[str, float]]:
+    """Train `linear` in place on features.train; returns an EpochLog's rows."""
+    train = Batches(
+        features.train,
+        features.train_labels,
+        batch_size=min(settings.probe_batch_size, len(features.train)),
+        seed=settings.seed,
+    )
+    test = Batches(features.test, features.test_labels, batch_size=5000)
+    epochs = settings.probe_epochs
+
+    log = fn.EpochLog(quiet=True)
+    rate = "--probe_learning_rate"
+    trainer = fn.make_trainer(settings.machine, settings.seed, epochs, log, rate=rate)
+    fn.fit(trainer, Probe(linear, train, test, settings, features.held_out))
+    linear.cpu()
+    return log.rows
+
+
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
+
+
+def best_penalty(features: Features, seed: int) -> float:
+    """The C of PENALTIES that suits these features: chosen on a fifth of the training images.
+
+    The smaller C, the smaller the weights. An encoder that was trained briefly has features that a
+    probe can learn by heart: there it is worth a point of accuracy. The test images have no say. A
+    class of fewer than 100 labels is too small to choose by, and C is scikit-learn's 1.
+    """
+    if features.train_labels.bincount().min() < 100:
+        return PENALTIES[0]
+    held_out = fn.stratified_subset(features.train_labels, 0.2, seed)
+    part = features.labelled(fn.complement(held_out, len(features.train)))
+    unseen, labels = features.train[held_out], features.train_labels[held_out]
+
+    def accuracy(penalty: float) -> float:
+        linear = logistic_regression(part, penalty)
+        with torch.no_grad():
+            return fn.accuracy(linear(unseen.to(linear.weight.dtype)).argmax(1), labels)
+
+    return max(PENALTIES, key=accuracy)
+
+
+def logistic_regression(features: Features, penalty: float) -> nn.Linear:
+    """The optimum on features.train, found by L-BFGS. penalty: scikit-learn's C."""
+    from sklearn.linear_model import LogisticRegression
+
+    optimum = LogisticRegression(C=penalty, max_iter=1000)
+    optimum.fit(features.train.numpy(), features.train_labels.numpy())
+    weight, bias = torch.from_numpy(optimum.coef_), torch.from_numpy(optimum.intercept_)
+    if len(features.classes) == 2:  # scikit-learn then keeps one row: the logit of the second class
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+
+    linear = nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
+
+
+@dataclass
+class Probed:
+    """What the linear probe reached. predicted: the classes of the test images, int64 (N,)."""
+
+    train_accuracy: float
+    test_accuracy: float
+    per_class: dict[str, float | None]
+    predicted: Tensor
+    curves: list[dict[str, float]]
+
+    def results(self) -> dict[str, Any]:
+        names = ("train_accuracy", "test_accuracy", "per_class")
+        return {name: getattr(self, name) for name in names}
+
+
+def probe(
+    features: Features, settings: ProbeSettings, classifier: nn.Linear | None = None
+) -> Probed:
+    """Train a linear probe and test it once."""
+    classifier = classifier or nn.Linear(features.train.shape[1], len(features.classes))
+    curves = train_probe(classifier, features, settings)
+    with torch.no_grad():
+        predicted_train = classifier(features.train).argmax(1)
+        predicted = classifier(features.test).argmax(1)
+    return Probed(
+        train_accuracy=fn.accuracy(predicted_train, features.train_labels),
+        test_accuracy=fn.accuracy(predicted, features.test_labels),
+        per_class=fn.accuracy_per_class(predicted, features.test_labels, features.classes),
+        predicted=predicted,
+        curves=curves,
+    )

@@ -1,0 +1,249 @@
+"""Fine-tuning: where it begins, what it changes, what chooses the epoch, and how it goes on."""
+
+import json
+
+import pytest
+import torch
+from helpers import assert_same_bits, cloned_state, make_config
+from torch import nn
+
+import functions as fn
+from contrastive import finetuning
+from contrastive.finetuning import FineTuning, Labelled, finetune, split
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+def colours(per_class: int = 20, test: int = 10) -> Labelled:
+    """Noisy 8 x 8 images of three colours, which one has to look at to tell apart."""
+
+    def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(3).repeat(count)
+        pixels = torch.randint(0, 150, (len(labels), 3, 8, 8))
+        pixels[torch.arange(len(labels)), labels] += 60
+        return pixels.to(torch.uint8), labels
+
+    return Labelled(*images(per_class), *images(test), ("red", "green", "blue"))
+
+
+def settings(**values):
+    quick = {"finetune_epochs": 3, "finetune_steps": 1, "finetune_batch_size": 16}
+    return make_config(**{**quick, **values})
+
+
+class See(nn.Module):
+    """uint8 (B, 3, H, W) -> float32 in [0, 1]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images / 255
+
+
+def tuned(encoder, images, folder, **values):
+    keep = folder / "finetuned.pt"
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    start = nn.Linear(8, 3)
+    found = finetune(encoder, See(), images, start, settings(**values), folder / "x", keep=keep)
+    return found, torch.load(keep, weights_only=True)
+
+
+def test_it_learns_and_leaves_the_pretrained_encoder_alone(encoder, tmp_path):
+    before = cloned_state(encoder)
+    images = colours(test=50)
+    found, weights = tuned(encoder, images, tmp_path, finetune_steps=60, finetune_learning_rate=1.0)
+    assert_same_bits(encoder, before)
+    assert found.test_accuracy > 0.9
+    assert found.labels == 60
+    assert (found.epochs, found.steps) == (15, 60)
+    assert not torch.equal(weights["encoder.0.weight"], before["0.weight"])
+    assert found.test_accuracy == fn.accuracy(torch.tensor(found.predicted), images.test_labels)
+
+
+def test_the_weights_that_are_kept_give_the_accuracy_that_is_reported(encoder, tmp_path):
+    images = colours(per_class=100)  # enough for a tenth to choose the epoch
+    found, weights = tuned(encoder, images, tmp_path, finetune_epochs=5)
+    assert found.best_epoch is not None
+    names = ("encoder.", "classifier.")
+    parts = [
+        {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}
+        for name in names
+    ]
+    classifier = nn.Linear(8, 3)
+    encoder.load_state_dict(parts[0])
+    classifier.load_state_dict(parts[1])
+    with torch.no_grad():
+        predicted = classifier(encoder.eval()(images.test / 255)).argmax(1)
+    assert predicted.tolist() == found.predicted
+
+
+def test_it_begins_as_the_linear_probe(tmp_path):
+    """With a rate of next to nothing it predicts what the probe predicts."""
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    start, images = nn.Linear(8, 3), colours()
+    still = settings(finetune_learning_rate=1e-12)
+    found = finetune(encoder, See(), images, start, still, tmp_path / "x")
+    with torch.no_grad():
+        expected = start(encoder(images.test / 255)).argmax(1)
+    assert found.predicted == expected.tolist()
+
+
+def test_a_head_with_a_hidden_layer(encoder, tmp_path):
+    _, weights = tuned(encoder, colours(), tmp_path, finetune_head="mlp")
+    shapes = [tuple(weights[f"classifier.{name}.weight"].shape) for name in (0, 2)]
+    assert shapes == [(8, 8), (3, 8)]
+
+
+def test_the_encoder_learns_with_a_share_of_the_rate_and_from_scratch_with_all_of_it(
+    encoder, tmp_path, monkeypatch
+):
+    """0.05 for 256 images: 0.05 * 16 / 256 for 16, along a cosine to 0, Nesterov, no decay."""
+    seen = []
+    optimizers = FineTuning.configure_optimizers
+
+    def note(module):
+        made = optimizers(module)
+        groups = made["optimizer"].param_groups
+        seen.append(([group["lr"] for group in groups], groups))
+        return made
+
+    monkeypatch.setattr(FineTuning, "configure_optimizers", note)
+    for scratch in (False, True):
+        where = tmp_path / str(scratch)
+        finetune(encoder, See(), colours(), nn.Linear(8, 3), settings(), where, scratch=scratch)
+    rate = 0.05 * 16 / 256
+    assert seen[0][0] == pytest.approx([rate, rate / 10])
+    assert seen[1][0] == pytest.approx([rate, rate])
+    for _, groups in seen:
+        for group in groups:
+            assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0)
+            assert group["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_eighth_of_the_side_and_mirror_images_are_all_of_the_augmentation(
+    encoder, tmp_path, monkeypatch
+):
+    seen = []
+
+    def note(images, padding, flip):
+        seen.append((len(images), padding, flip))
+        return images
+
+    monkeypatch.setattr(fn, "random_crop_and_flip", note)
+    tuned(encoder, colours(), tmp_path, finetune_flip=0.25)
+    assert set(seen) == {(16, 1, 0.25), (12, 1, 0.25)}  # 60 images: the last batch is of 12
+
+
+def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
+    """It is no part of what is trained on; below 100 labels per class all are."""
+    images = colours(per_class=100)
+    images.train[:, 0, 0, 0] = torch.arange(300) % 251  # to tell them apart by their first pixel
+    images.train[:, 0, 0, 1] = torch.arange(300) // 251
+    (train, validation), chooses = split(images, settings())
+    assert chooses
+
+    def which(batches):
+        pixels = torch.cat([batch[:, 0, 0, :2].int() for batch, _ in batches])
+        return set((pixels[:, 0] + 251 * pixels[:, 1]).tolist())
+
+    assert len(which(train)) == 270
+    assert len(which(validation)) == 30
+    assert not which(train) & which(validation)
+    labels = torch.cat([labels for _, labels in validation])
+    assert labels.bincount().tolist() == [10, 10, 10]
+
+    few = images.labelled(torch.arange(3, 300))  # 99 of each class
+    (train, _), chooses = split(few, settings())
+    assert not chooses
+    assert len(which(train)) == 297
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    """BatchNorm cannot normalise it."""
+    images = colours(per_class=11)  # 33 images: 16 + 16 + 1
+    (train, _), _ = split(images, settings())
+    assert [len(labels) for _, labels in train] == [16, 16]
+
+
+@pytest.mark.parametrize("per_class", [1, 100])
+def test_interrupted_in_the_middle_it_ends_with_the_same_bits(
+    per_class, encoder, tmp_path, monkeypatch
+):
+    images = colours(per_class=per_class)
+    values = {"finetune_epochs": 4, "checkpoint_every": 0.0}
+    whole, weights = tuned(encoder, images, tmp_path / "whole", **values)
+
+    steps = FineTuning.training_step
+
+    def interrupted(module, batch, batch_idx):
+        if module.current_epoch == 2:
+            raise KeyboardInterrupt
+        return steps(module, batch, batch_idx)
+
+    monkeypatch.setattr(FineTuning, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(encoder, images, tmp_path / "parts", **values)
+    monkeypatch.undo()
+    assert (tmp_path / "parts/x/checkpoints/last.ckpt").is_file()
+    again, resumed = tuned(encoder, images, tmp_path / "parts", **values)
+
+    assert again.predicted == whole.predicted
+    assert again.best_epoch == whole.best_epoch
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+
+
+def test_a_finished_one_is_read_and_not_repeated(encoder, tmp_path, monkeypatch):
+    first, _ = tuned(encoder, colours(), tmp_path)
+    assert not (tmp_path / "x/checkpoints").exists()
+    monkeypatch.setattr(finetuning, "split", None)  # there is no training without
+    again, _ = tuned(encoder, colours(), tmp_path)
+    assert vars(again) == vars(first)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("finetune_epochs", 0),
+        ("finetune_steps", 0),
+        ("finetune_batch_size", 1),
+        ("finetune_learning_rate", 0.0),
+        ("finetune_encoder_rate", 0.0),
+        ("finetune_encoder_rate", 1.5),
+        ("finetune_flip", 1.1),
+    ],
+)
+def test_a_wrong_setting_is_named(flag, value):
+    with pytest.raises(fn.UserError, match=f"--{flag}"):
+        make_config(**{flag: value}).validate()
+
+
+def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run, tmp_path):
+    """Pretrained and from scratch, with all labels and with few; what is left on disk."""
+    flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 1]
+    flags += ["--batch_size", 32, "--knn_k", 5, "--output_dir", "out", "--probe", "lbfgs"]
+    flags += ["--stages", "pretrain,knn,probe,finetune", "--finetune_epochs", 2]
+    flags += ["--finetune_steps", 4, "--labels_per_class", 2, "--label_fractions", 0.1]
+    done = run("simCLR.py", *flags, "--label_seeds", 2, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    scratch = results["baselines"]["untrained_encoder"]
+    for key in ("labels", "epochs", "steps"):
+        assert results["finetune"][key] == scratch["finetune"][key] > 0
+    assert "finetune" not in results["baselines"]["raw_pixels"]
+
+    for ours, theirs in zip(results["few_labels"], scratch["few_labels"], strict=True):
+        assert ours["images"] == theirs["images"]
+        assert len(ours["finetuned_accuracies"]) == len(theirs["finetuned_accuracies"]) == 2
+    two, tenth = results["few_labels"]
+    assert (two["labels_per_class"], two["images"]) == (2, 6)
+    assert (tenth["label_fraction"], tenth["images"]) == (0.1, 30)
+    outcomes = [
+        json.loads(file.read_text()) for file in (tmp_path / "out").rglob("2-per-class*/*.json")
+    ]
+    assert [each["steps"] for each in outcomes] == [4] * 4
+    assert [each["labels"] for each in outcomes] == [6] * 4
+
+    for name in ("finetuned.pt", "finetuning.png", "finetuned_confusion_matrix.png"):
+        assert (tmp_path / "out" / name).is_file()
+    assert not list((tmp_path / "out").glob("f*/**/*.ckpt"))
+    assert "from scratch" in done.stdout
