@@ -177,27 +177,21 @@ def finetune(
     head = classifier_head(start, settings.finetune_head)
     model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
     model.train().requires_grad_(True)  # a probe may have left the encoder frozen
-    train, chooses = split(images, settings)
-    epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train[0])))
-    rate = settings.finetune_learning_rate * train[0].batch_size / 256
+    train, validation = split(images, settings)
+    epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train)))
+    rate = settings.finetune_learning_rate * train.batch_size / 256
     rates = rate, (rate if scratch else rate * settings.finetune_encoder_rate)
-    module = FineTuning(model, see, train, rates, epochs * len(train[0]), settings.finetune_flip)
+    parts = train, validation or train
+    module = FineTuning(model, see, parts, rates, epochs * len(train), settings.finetune_flip)
 
     log = fn.EpochLog(folder / "metrics.csv", quiet=keep is None)
-    best = "validation_accuracy" if chooses else None
+    best = "validation_accuracy" if validation else None
     checkpoints = folder / "checkpoints"
     kept = fn.Checkpoints(checkpoints, log, best, settings.checkpoint_every)
-    options: dict[str, Any] = {} if chooses else {"limit_val_batches": 0}
-    trainer = fn.make_trainer(
-        settings.machine,
-        settings.seed,
-        epochs,
-        log,
-        checkpoint=kept,
-        rate="--finetune_learning_rate",
-        max_time=settings.max_time,
-        **options,
-    )
+    what = settings.machine, settings.seed, epochs, log
+    rate_flag, most = "--finetune_learning_rate", settings.max_time
+    choosing: dict[str, Any] = {} if validation else {"limit_val_batches": 0}
+    trainer = fn.make_trainer(*what, checkpoint=kept, rate=rate_flag, max_time=most, **choosing)
     fn.fit(trainer, module, checkpoints / "last.ckpt")
     if kept.best_weights is not None:
         module.load_state_dict(kept.best_weights)
@@ -210,15 +204,19 @@ def finetune(
     return found
 
 
-def split(images: Labelled, settings: FineTuningSettings) -> tuple[tuple[Batches, Batches], bool]:
-    """(batches to train on, batches to choose the epoch by), and whether they choose it.
+def split(images: Labelled, settings: FineTuningSettings) -> tuple[Batches, Batches | None]:
+    """(batches to train on, batches to choose the epoch by).
 
-    A stratified tenth of the labelled images chooses where every class has at least ENOUGH labels.
+    A stratified tenth of the labelled images chooses where every class has at least ENOUGH labels;
+    elsewhere all are trained on, and there is no choice.
     """
     labels = images.train_labels
-    chooses = int(labels.bincount(minlength=len(images.classes)).min()) >= ENOUGH
-    held_out = fn.stratified_subset(labels, 0.1, settings.seed)
-    rest = fn.complement(held_out, len(labels)) if chooses else torch.arange(len(labels))
+    rest, validation = torch.arange(len(labels)), None
+    if int(labels.bincount(minlength=len(images.classes)).min()) >= ENOUGH:
+        held_out = fn.stratified_subset(labels, 0.1, settings.seed)
+        rest = fn.complement(held_out, len(labels))
+        validation = Batches(Subset(images.train, held_out), labels[held_out], batch_size=500)
+
     size = min(settings.finetune_batch_size, len(rest))
     train = Batches(
         Subset(images.train, rest),
@@ -227,10 +225,7 @@ def split(images: Labelled, settings: FineTuningSettings) -> tuple[tuple[Batches
         seed=settings.seed,
         drop_last=len(rest) % size == 1,  # BatchNorm cannot normalise a single image
     )
-    return (
-        train,
-        Batches(Subset(images.train, held_out), labels[held_out], batch_size=500),
-    ), chooses
+    return train, validation
 
 
 def tested(

@@ -138,8 +138,7 @@ def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
     images = colours(per_class=100)
     images.train[:, 0, 0, 0] = torch.arange(300) % 251  # to tell them apart by their first pixel
     images.train[:, 0, 0, 1] = torch.arange(300) // 251
-    (train, validation), chooses = split(images, settings())
-    assert chooses
+    train, validation = split(images, settings())
 
     def which(batches):
         pixels = torch.cat([batch[:, 0, 0, :2].int() for batch, _ in batches])
@@ -152,15 +151,15 @@ def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
     assert labels.bincount().tolist() == [10, 10, 10]
 
     few = images.labelled(torch.arange(3, 300))  # 99 of each class
-    (train, _), chooses = split(few, settings())
-    assert not chooses
+    train, nothing = split(few, settings())
+    assert nothing is None
     assert len(which(train)) == 297
 
 
 def test_a_last_batch_of_one_image_is_left_out():
     """BatchNorm cannot normalise it."""
     images = colours(per_class=11)  # 33 images: 16 + 16 + 1
-    (train, _), _ = split(images, settings())
+    train, _ = split(images, settings())
     assert [len(labels) for _, labels in train] == [16, 16]
 
 
