@@ -45,6 +45,7 @@ from machinery.command_line import (  # noqa: F401
     POSITIVE,
     PROBABILITY,
     SHARE,
+    UTF_8,
     LongRun,
     RunConfig,
     Settings,

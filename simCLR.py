@@ -47,11 +47,14 @@ from contrastive.caching import GradientCache
 from contrastive.evaluation import (
     EvaluationSettings,
     Resized,
+    at_learned_size,
     draw,
     evaluate,
+    load_sets,
     recalibrate,
     up_to_layer,
 )
+from contrastive.features import save_features
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
 from contrastive.plan import print_plan
@@ -604,10 +607,6 @@ def print_learning_rate(config: Optimisation) -> None:
 
 def check_data(data: ImageDataset, config: Config) -> None:
     """Fail now rather than after hours of pretraining. Raises UserError."""
-    if config.stages_list != ["pretrain"]:
-        _, labels, _, _ = data.labelled()
-        for amount in config.label_amounts:
-            amount.check(labels, data.classes)
     n = len(data.pretraining_images)
     check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
     if "pretrain" in config.stages_list:
@@ -624,10 +623,10 @@ def main(config: Config) -> None:
     run = fn.Run(config)
     if run.is_finished():
         return
-    data = fn.load_dataset(config.dataset, config.data_dir, config.image_size)
-    run.is_about(data.description())
-    if config.validation_fraction:
-        data = fn.hold_out(data, config.validation_fraction)
+    sets = load_sets(config)
+    run.is_about(sets.description())
+    sets = sets.ready(config)
+    config, data = at_learned_size(config, sets, file), sets.learned
     check_data(data, config)
 
     torch.manual_seed(config.seed)
@@ -646,9 +645,10 @@ def main(config: Config) -> None:
             load_encoder(encoder, file)
         recorded = normalize_of(file)
 
-    n, side = len(data.pretraining_images), data.train_images.shape[-1]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
+    if "pretrain" in config.stages_list:
+        n, side = len(data.pretraining_images), data.train_images.shape[-1]
+        print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
     print(f"{config.encoder}, {config.stem} stem, {parameters:.1f} M parameters; {config.machine}")
 
     with run.open() as folder:
@@ -659,12 +659,15 @@ def main(config: Config) -> None:
                 show_views(data.train_images, config, folder / "views.png")
             pretrained = pretrain(model, data, config, folder)
             results["pretrain"] = pretrained.results
-        if config.stages_list != ["pretrain"]:
-            normalize = recorded or fn.Normalize(data.pretraining_images)
-            if pretrained is None and config.recalibrate:
-                recalibrate(encoder, normalize, data.pretraining_images, config)
-            evaluation = evaluate(measured, untrained, normalize, data, config, folder)
+        normalize = recorded or fn.Normalize(data.pretraining_images)
+        if pretrained is None and config.recalibrate:
+            recalibrate(encoder, normalize, data.pretraining_images, config)
+        if config.needs_labels:
+            evaluation = evaluate(measured, untrained, normalize, sets.measured, config, folder)
             results |= evaluation.results()
+        if "features" in config.stages_list:
+            shown = nn.Sequential(Resized(config.evaluation_size), normalize, measured)
+            save_features(shown, sets.measured, config.machine, folder / "features.npz")
 
         # The numbers first: no figure is worth losing them.
         run.save(**results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
+from contrastive.explore import explore
 from contrastive.few_labels import (
     FewLabels,
     FewLabelsSettings,
@@ -19,11 +20,14 @@ from contrastive.few_labels import (
     print_few_labels,
 )
 from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, finetune
-from contrastive.pretrained import encoder_file
-from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe, train_probe
-from functions import Batches, ImageDataset, Subset, check
+from contrastive.looking import Looked, look
+from contrastive.pretrained import encoder_file, image_side
+from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
+from functions import Batches, ImageDataset, Subset, UserError, check
 
-STAGES = ("pretrain", "knn", "probe", "finetune", "tsne")
+STAGES = ("pretrain", "knn", "probe", "finetune", "tsne", "look", "explore", "features")
+WITHOUT_LABELS = {"pretrain", "features"}
+WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or show what it says
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -37,9 +41,13 @@ class EvaluationSettings(FewLabelsSettings, FineTuningSettings, fn.RunConfig):
     title: ClassVar[str] = "evaluation"
 
     stages: str = "pretrain,knn,probe,tsne"
-    """what to do, comma-separated: pretrain, knn, probe, finetune, tsne"""
+    """what to do, comma-separated: pretrain, knn, probe, finetune, tsne, look (neighbours,
+    confusions, oddities), explore (a page for the browser), features (to take away)"""
     checkpoint: str | None = None
     """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
+    evaluate_on: str | None = None
+    """another data set or folder of images to measure on, instead of --dataset: what was learned
+    is shown those images as large as its own"""
     validation_fraction: float = 0.0
     """share of the training images that is held out, and measured on instead of the test images:
     what chooses settings is not to see those"""
@@ -59,6 +67,9 @@ class EvaluationSettings(FewLabelsSettings, FineTuningSettings, fn.RunConfig):
         size = self.evaluation_size
         fits = size is None or 4 <= size <= 1024
         check(fits, f"--evaluation_size must be between 4 and 1024 pixels, got {size}")
+        self.require("evaluate_on", fn.UTF_8)
+        needless = self.evaluate_on is not None and self.stages_list == ["pretrain"]
+        check(not needless, "--evaluate_on is for stages after pretrain: add knn,probe to --stages")
         self.require("label_fraction", fn.SHARE)
         self.require("validation_fraction", fn.BELOW_1)
 
@@ -85,9 +96,86 @@ class EvaluationSettings(FewLabelsSettings, FineTuningSettings, fn.RunConfig):
         return "validation" if self.validation_fraction else "test"
 
     @property
+    def probes(self) -> bool:
+        """Whether a stage needs the linear probe."""
+        return bool(WITH_PROBE & set(self.stages_list))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a stage needs images with labels."""
+        return bool(set(self.stages_list) - WITHOUT_LABELS)
+
+    @property
     def measures(self) -> bool:
         """Whether a stage compares accuracies."""
-        return bool({"knn", "probe", "finetune"} & set(self.stages_list))
+        return self.probes or "knn" in self.stages_list
+
+
+SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
+
+# ------------------------------------------------------------------------------------------------
+# The images
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sets:
+    """The images to learn from, and those to measure on: the same set without --evaluate_on."""
+
+    learned: ImageDataset
+    measured: ImageDataset
+
+    @property
+    def differ(self) -> bool:
+        return self.learned is not self.measured
+
+    def description(self) -> dict[str, Any]:
+        """What a run notes of them, to tell whether it is resumed on the same."""
+        if not self.differ:
+            return self.learned.description()
+        learned, measured = self.learned.description(), self.measured.description()
+        both = f"{learned['fingerprint']} {measured['fingerprint']}"
+        return {**learned, "fingerprint": both, "evaluated_on": measured}
+
+    def ready(self, settings: EvaluationSettings) -> Sets:
+        """The same as they are used: with validation images in the place of the test images if
+        --validation_fraction says so. Raises UserError for what cannot be measured on."""
+        learned, measured = self.learned, self.measured
+        if settings.validation_fraction:
+            measured = fn.hold_out(measured, settings.validation_fraction)
+            learned = learned if self.differ else measured
+        if settings.needs_labels:
+            flag = "--evaluate_on" if settings.evaluate_on else "--dataset"
+            _, labels, _, _ = measured.labelled(flag)
+            for amount in settings.label_amounts:
+                amount.check(labels, measured.classes)
+        return Sets(learned, measured)
+
+
+def load_sets(settings: EvaluationSettings) -> Sets:
+    """The sets that the stages need. Raises UserError."""
+    other = settings.evaluate_on
+    named = [settings.dataset] if other is None or "pretrain" in settings.stages_list else []
+    named += [other] if other is not None else []
+    sets = []
+    for name in named:
+        try:
+            sets.append(fn.load_dataset(name, settings.data_dir, settings.image_size))
+        except UserError as error:
+            flag = "--evaluate_on" if name == other else "--dataset"
+            raise UserError(str(error).replace("--dataset", flag, 1)) from None
+    return Sets(sets[0], sets[-1])
+
+
+def at_learned_size(settings: SettingsT, sets: Sets, file: Path | None) -> SettingsT:
+    """The settings with --evaluation_size as the encoder's own images had it, for another set's.
+
+    file: the encoder's, where it was trained before.
+    """
+    if settings.evaluate_on is None or settings.evaluation_size is not None:
+        return settings
+    side = image_side(file) if file else sets.learned.train_images.shape[-1]
+    return replace(settings, evaluation_size=side)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,11 +317,9 @@ def measure(
     classifier = classifier or nn.Linear(features.train.shape[1], len(features.classes))
     if "knn" in stages:
         outcome.knn = knn_accuracy(features, settings)
-    if "probe" in stages:
+    if settings.probes:
         outcome.probe = probe(features, settings, classifier)
     if "finetune" in stages and tuning is not None:
-        if "probe" not in stages and not tuning.scratch:
-            train_probe(classifier, features, settings)  # where fine-tuning begins
         outcome.finetuned = tuning.run(classifier, "all-labels", keep)
     if settings.measures:
         finetune = tuning.on if "finetune" in stages and tuning is not None else None
@@ -248,15 +334,20 @@ def measure(
 
 @dataclass
 class Evaluation:
-    """What was measured: {representation: its accuracies}, and h of the pretrained encoder."""
+    """What was measured: {representation: its accuracies}, h of the pretrained encoder, what there
+    is to look at, and of which other set all of it is, if of another."""
 
     measured: dict[str, Measured]
     features: Features
+    looked: Looked | None = None
+    evaluated_on: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         """This part of results.json."""
         *baselines, ours = self.measured
         found: dict[str, Any] = {}
+        if self.evaluated_on is not None:
+            found["evaluated_on"] = self.evaluated_on
         if baselines:
             found["baselines"] = {
                 name.replace(" ", "_"): self.measured[name].results() for name in baselines
@@ -296,7 +387,8 @@ def evaluate(
     see = nn.Sequential(resize, normalize)
     h = features_of(nn.Sequential(see, encoder), images, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
-    print(f"measuring the pretrained encoder on {labelled}", flush=True)
+    what = f" of {data.name}" if settings.evaluate_on else ""
+    print(f"measuring the pretrained encoder on {labelled}{what}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew
     # in every epoch. What is saved is the whole classifier, from images to logits.
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
@@ -317,7 +409,24 @@ def evaluate(
         print_table(measured, settings.held_out)
     if ours.few_labels:
         print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
-    return Evaluation(measured, h)
+    looked = to_look_at(h, images, classifier.classifier, data) if settings.probes else None
+    other = settings.evaluate_on
+    size = settings.evaluation_size or data.train_images.shape[-1]
+    return Evaluation(measured, h, looked, {"dataset": other, "size": size} if other else None)
+
+
+@torch.no_grad()
+def to_look_at(h: Features, images: Labelled, classifier: nn.Linear, data: ImageDataset) -> Looked:
+    """What there is to look at, with what the trained probe says of the test images."""
+    names = data.names("train")
+    return Looked(
+        train=images.train,
+        test=images.test,
+        h=h,
+        probabilities=classifier(h.test).softmax(1),
+        test_files=data.names("test"),
+        train_files=[names[i] for i in images.train.chosen.tolist()],
+    )
 
 
 def few_labels(measured: dict[str, Measured]) -> dict[str, list[FewLabels]]:
@@ -376,8 +485,17 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         fn.plot_curves(curves, "validation", folder / "finetuning.png", title)
     if ours.few_labels:
         figures.plot_few_labels(few_labels(measured), len(h.classes), folder / "few_labels.png")
-    if "tsne" in settings.stages_list:
-        figures.show_tsne(h.test, h.test_labels, h.classes, settings.seed, folder / "tsne.png")
+
+    stages, seed = settings.stages_list, settings.seed
+    points = figures.tsne_map(h.test, seed) if {"tsne", "look", "explore"} & set(stages) else None
+    if "tsne" in stages and points is not None:
+        title = "t-SNE of the test images' representations"
+        fn.plot_tsne(points, h.test_labels, h.classes, folder / "tsne.png", title)
+    if "look" in stages and evaluation.looked is not None:
+        look(evaluation.looked, points, seed, folder)
+    if "explore" in stages and evaluation.looked is not None and points is not None:
+        title = Path(settings.evaluate_on or settings.dataset).name
+        explore(evaluation.looked, points, title, seed, folder / "explore.html")
 
 
 def print_table(measured: dict[str, Measured], held_out: str) -> None:

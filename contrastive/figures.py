@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +127,14 @@ def tsne_points(h: Tensor, seed: int) -> np.ndarray:
     return TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(points)
 
 
-@fn.drawing
-def show_tsne(h: Tensor, labels: Tensor, classes: Sequence[str], seed: int, file: Path) -> None:
-    """Draw the t-SNE of the test images' h (N, D), with labels int64 (N,)."""
-    # With fewer, or with features that are all the same, scikit-learn's search ends the process.
+def tsne_map(h: Tensor, seed: int) -> np.ndarray | None:
+    """`tsne_points` of the test images' h (N, D); None, and says so, for fewer than four.
+
+    With fewer, or with features that are all the same, scikit-learn's search ends the process.
+    """
     distinct = len(torch.unique(nn.functional.normalize(h, dim=1), dim=0))
     if distinct < 4:
         print(f"no t-SNE: it needs four different test images or more, and there are {distinct}")
-        return
+        return None
     print(f"t-SNE of {len(h):,} test images", flush=True)
-    title = "t-SNE of the test images' representations"
-    fn.plot_tsne(tsne_points(h, seed), labels, classes, file, title)
+    return tsne_points(h, seed)

@@ -59,7 +59,7 @@ class Labelled:
     train, test: uint8 (N, 3, H, W); their labels int64 (N,).
     """
 
-    train: Tensor | Subset
+    train: Subset
     train_labels: Tensor
     test: Tensor | Subset
     test_labels: Tensor

@@ -64,6 +64,16 @@ def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
     return replace(config, **recorded)
 
 
+def image_side(file: Path) -> int | None:
+    """The side in pixels of the images that an encoder was trained on; None without a record."""
+    run = run_of(file)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return (
+            int(json.loads((run / "data.json").read_text("utf-8"))["image_size"]) if run else None
+        )
+    return None
+
+
 def load_encoder(encoder: nn.Module, file: Path) -> None:
     """Load weights from an encoder.pt, or from a checkpoint of this script.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class ImageDataset:
     """A set of images, in memory or mapped into it.
 
     images: uint8 (N, C, H, W). labels: int64 (N,), each an index into `classes`. pixels: a hash of
-    all pixels, where it is known already.
+    all pixels, where it is known already. files: paths in a folder, of its train and test images.
     """
 
     name: str
@@ -40,6 +41,17 @@ class ImageDataset:
     classes: tuple[str, ...]
     unlabelled_images: Tensor | None = None
     pixels: str | None = None
+    files: dict[str, list[str]] = field(default_factory=dict)
+
+    def names(self, part: str) -> list[str]:
+        """What the images of a part (train, test, unlabelled) are called.
+
+        Files by their path in the folder; what has no files of its own by its number.
+        """
+        if part in self.files:
+            return self.files[part]
+        images = getattr(self, f"{part}_images")
+        return [f"{part}/{i:05}" for i in range(0 if images is None else len(images))]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -72,21 +84,22 @@ class ImageDataset:
         """The images that need no labels: the unlabelled ones, or the training images."""
         return self.train_images if self.unlabelled_images is None else self.unlabelled_images
 
-    def labelled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def labelled(self, flag: str = "--dataset") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(train images, train labels, test images, test labels).
 
-        Raises UserError where the set lacks one of them, or has one class only.
+        Raises UserError, which names the flag, where the set lacks one of them, or has one class
+        only.
         """
         if self.train_labels is None or self.test_images is None or self.test_labels is None:
             raise UserError(
-                f"--dataset {self.name} has no classes or no test images, which this needs: lay "
+                f"{flag} {self.name} has no classes or no test images, which this needs: lay "
                 f"them out as {self.name}/train/<class>/* and {self.name}/test/<class>/*, or run "
                 "--stages pretrain alone"
             )
         several = len(self.classes) > 1
         check(
             several,
-            f"--dataset {self.name} has one class only, where telling classes apart needs two",
+            f"{flag} {self.name} has one class only, where telling classes apart needs two",
         )
         return self.train_images, self.train_labels, self.test_images, self.test_labels
 
@@ -222,7 +235,8 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
         check(bool(files), f"--dataset {folder} {problem}")
         print(f"{folder}: {len(files):,} images without classes (it has no folder train/)")
         images, pixels = decode(folder, files, data_dir, size)
-        return ImageDataset(name, images, None, None, None, (), pixels=pixels)
+        called = {"train": within(folder, files)}
+        return ImageDataset(name, images, None, None, None, (), pixels=pixels, files=called)
 
     splits = class_files(folder)
     counts = (count_line(split, names) for split, (_, names) in splits.items())
@@ -230,9 +244,11 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     files, names = splits["train"]
     classes = tuple(sorted(set(names)))  # an empty folder is no class
     labels, n = numbered(names, classes), len(files)
+    paths = {split: within(folder, found) for split, (found, _) in splits.items()}
     if "test" not in splits:
         images, pixels = decode(folder, files, data_dir, size)
-        return ImageDataset(name, images, labels, None, None, classes, pixels=pixels)
+        about: dict[str, Any] = {"pixels": pixels, "files": paths}
+        return ImageDataset(name, images, labels, None, None, classes, **about)
 
     # test/ may lack some of train/'s classes: its labels are to count all of them.
     test_files, test_names = splits["test"]
@@ -240,7 +256,14 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     check(not unknown, f"--dataset {folder}: test/ has classes that train/ lacks: {unknown}")
     test_labels = numbered(test_names, classes)
     images, pixels = decode(folder, files + test_files, data_dir, size)
-    return ImageDataset(name, images[:n], labels, images[n:], test_labels, classes, pixels=pixels)
+    about = {"pixels": pixels, "files": paths}
+    return ImageDataset(name, images[:n], labels, images[n:], test_labels, classes, **about)
+
+
+def within(folder: Path, files: list[str]) -> list[str]:
+    """The paths of files as they are below the folder."""
+    start = len(str(folder))
+    return [file[start:].lstrip(os.sep) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,8 +286,10 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
     lost = sorted(set(count_labels(labels)) - set(count_labels(labels[rest])))
     names = ", ".join(data.classes[label] for label in lost)
     check(not lost, f"{problem} would have no training image of {names} left: take a smaller one")
-    parts: dict[str, Any] = {}
+    paths = data.names("train")
+    parts: dict[str, Any] = {"files": {}}
     for name, part in (("train", rest), ("test", chosen)):
+        parts["files"][name] = [paths[i] for i in part.tolist()]
         parts[f"{name}_images"] = Subset(data.train_images, part)  # nothing is copied
         parts[f"{name}_labels"] = labels[part]
     return replace(data, **parts)

@@ -55,8 +55,11 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/probe.py": set(),
     "contrastive/few_labels.py": {"probe"},
     "contrastive/finetuning.py": set(),
+    "contrastive/features.py": set(),
+    "contrastive/looking.py": {"probe"},
+    "contrastive/explore.py": {"looking"},
     "contrastive/evaluation.py": {
-        *("figures", "pretrained", "probe", "few_labels", "finetuning"),
+        *("figures", "pretrained", "probe", "few_labels", "finetuning", "looking", "explore"),
     },
 }
 

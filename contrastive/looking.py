@@ -1,0 +1,254 @@
+"""Looking at what was learned: what it takes for alike, what it confuses, what it finds typical."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import functions as fn
+from contrastive.probe import Features
+from functions import Subset
+
+RIGHT, WRONG = "tab:green", "tab:red"
+
+
+@dataclass
+class Looked:
+    """What there is to look at.
+
+    train, test: uint8 (N, 3, H, W); h: what the encoder makes of them. probabilities: the linear
+    probe's, of the test images, float32 (N, K). files: what the test and the training images are
+    called.
+    """
+
+    train: Tensor | Subset
+    test: Tensor | Subset
+    h: Features
+    probabilities: Tensor
+    test_files: list[str]
+    train_files: list[str]
+
+    @property
+    def predicted(self) -> Tensor:
+        """The classes that the probe says, int64 (N,)."""
+        return self.probabilities.argmax(1)
+
+    @property
+    def right(self) -> Tensor:
+        """Whether it is right, bool (N,)."""
+        return self.predicted == self.h.test_labels
+
+
+def nearest(queries: Tensor, bank: Tensor, k: int, block: int = 512) -> Tensor:
+    """The indices of the k rows of `bank` that are nearest to each query, nearest first.
+
+    By cosine, as k-NN and NT-Xent compare: (Q, D), (N, D) -> int64 (Q, k), k at most N.
+    """
+    bank = F.normalize(bank, dim=1)
+    parts = F.normalize(queries, dim=1).split(block)
+    return torch.cat([(part @ bank.T).topk(min(k, len(bank)), dim=1).indices for part in parts])
+
+
+def some_of_each(labels: Tensor, most: int, seed: int) -> Tensor:
+    """Up to `most` images, of each class about as large a share: indices int64 (M,), sorted."""
+    if len(labels) <= most:
+        return torch.arange(len(labels))
+    return fn.stratified_subset(labels, most / len(labels), seed)[:most]
+
+
+def worst_pairs(looked: Looked, classes: int = 3) -> list[tuple[int, int, int]]:
+    """For the classes that are recognised worst, what each is most often taken for.
+
+    (class, taken for, how often), the worst class first; without those that are never mistaken.
+    """
+    labels, predicted = looked.h.test_labels, looked.predicted
+    k = len(looked.h.classes)
+    counts = torch.zeros(k, k, dtype=torch.int64)
+    counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    total = counts.sum(1)
+    accuracy = counts.diagonal() / total.clamp_min(1)
+    accuracy[total == 0] = torch.inf  # a class without test images is not known to be hard
+    counts.fill_diagonal_(0)
+    pairs = [(c, int(counts[c].argmax())) for c in accuracy.argsort()[:classes].tolist()]
+    return [(c, other, int(counts[c, other])) for c, other in pairs if counts[c, other]]
+
+
+def typical(h: Tensor) -> Tensor:
+    """Images from the most typical to the oddest: by the cosine to the mean of the unit vectors.
+
+    (N, D) -> indices int64 (N,).
+    """
+    unit = F.normalize(h, dim=1)
+    return (unit @ unit.mean(0)).argsort(descending=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Grids of images
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """An image of a grid: uint8 (3, H, W), the colour of its frame, and the words below it."""
+
+    image: Tensor
+    frame: str | None = None
+    words: str = ""
+
+
+def draw_grid(
+    rows: dict[str, list[Cell]], title: str, file: Path, after: Sequence[int] = ()
+) -> None:
+    """Draw rows of images with a name each; a gap after the columns of `after`."""
+    from matplotlib.patches import Rectangle
+
+    columns = max(len(cells) for cells in rows.values())
+    names = [fn.plain(name, 40) for name in rows]
+    beside = 0.4 + 0.1 * max(map(fn.width, names))  # inches
+    figure, axis = fn.new_figure(columns + beside, 1.25 * len(rows) + 0.6)
+    for r, cells in enumerate(rows.values()):
+        for c, cell in enumerate(cells):
+            left = c + 0.4 * sum(c > place for place in after)
+            box = (left, left + 0.92, 1.25 * r + 0.92, 1.25 * r)
+            axis.imshow(cell.image.permute(1, 2, 0).numpy(), extent=box, interpolation="nearest")
+            if cell.frame:
+                place, size = (left, 1.25 * r), (0.92, 0.92)
+                axis.add_patch(Rectangle(place, *size, fill=False, lw=2.5, color=cell.frame))
+            words = {"ha": "center", "va": "top", "fontsize": 7}
+            axis.text(
+                left + 0.46,
+                1.25 * r + 0.94,
+                fn.plain(cell.words, 16) if cell.words else "",
+                **words,
+            )
+
+    axis.set(xlim=(-0.1, columns + 0.4 * len(after)), ylim=(1.25 * len(rows), -0.1), xticks=[])
+    axis.set_yticks([1.25 * r + 0.46 for r in range(len(rows))], names)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set(title=title, aspect="equal")
+    fn.save_figure(figure, file)
+
+
+@fn.drawing
+def plot_neighbours(looked: Looked, seed: int, file: Path, most: int = 10, k: int = 8) -> None:
+    """Test images, and the training images that the encoder finds nearest.
+
+    One of each class, up to `most`. Those of the same class are framed, others marked with theirs.
+    """
+    h = looked.h
+    queries = fn.per_class_subset(h.test_labels, 1, seed)
+    queries = queries[h.test_labels[queries].argsort()][:most]
+    found = nearest(h.test[queries], h.train, k)
+    rows: dict[str, list[Cell]] = {}
+    for i, row in zip(queries.tolist(), found.tolist(), strict=True):
+        label = int(h.test_labels[i])
+        cells = [Cell(one(looked.test, i))]
+        for j in row:
+            other = int(h.train_labels[j])
+            same = other == label
+            words = "" if same else h.classes[other]
+            cells.append(Cell(one(looked.train, j), RIGHT if same else WRONG, words))
+        rows[f"{h.classes[label]}"] = cells
+    draw_grid(rows, "Test images (left) and their nearest training images", file, after=[0])
+
+
+@fn.drawing
+def plot_confused(looked: Looked, file: Path, most: int = 10) -> None:
+    """For the three worst classes, the images that are most surely taken for another class."""
+    h, predicted = looked.h, looked.predicted
+    rows: dict[str, list[Cell]] = {}
+    for label, other, count in worst_pairs(looked):
+        mistaken = ((h.test_labels == label) & (predicted == other)).nonzero().flatten()
+        surest = mistaken[looked.probabilities[mistaken, other].argsort(descending=True)][:most]
+        total = int((h.test_labels == label).sum())
+        cells = [
+            Cell(one(looked.test, i), words=f"{looked.probabilities[i, other]:.0%} sure")
+            for i in surest.tolist()
+        ]
+        names = fn.plain(h.classes[label], 12), fn.plain(h.classes[other], 12)
+        rows[f"{names[0]}, taken for {names[1]}: {count} of {total}"] = cells
+    if rows:
+        draw_grid(rows, "What the worst three classes are taken for", file)
+    else:
+        print("no confused pairs: no test image is mistaken")
+
+
+@fn.drawing
+def plot_typical(looked: Looked, file: Path, most: int = 20, each: int = 6) -> None:
+    """The most typical and the oddest test images of each class, of up to `most` classes."""
+    h = looked.h
+    rows: dict[str, list[Cell]] = {}
+    for label in h.test_labels.unique().tolist()[:most]:
+        members = (h.test_labels == label).nonzero().flatten()
+        order = members[typical(h.test[members])].tolist()
+        count = min(each, len(order) // 2) or 1
+        chosen = order[:count] + order[-count:][::-1]
+        rows[h.classes[label]] = [Cell(one(looked.test, i)) for i in chosen]
+    title = "Most typical of its class (left half), and oddest (right half, the oddest first)"
+    halves = max(len(cells) for cells in rows.values()) // 2
+    draw_grid(rows, title, file, after=[halves - 1])
+
+
+def one(images: Tensor | Subset, i: int) -> Tensor:
+    """An image of a set: uint8 (3, H, W)."""
+    return images[i : i + 1][0]
+
+
+@fn.drawing
+def plot_errors(points: np.ndarray, looked: Looked, file: Path) -> None:
+    """The map of the test images, points (N, 2): where the probe is wrong."""
+    right = looked.right.numpy()
+    figure, axis = fn.new_figure(7, 6)
+    for chosen, color, size, name in (
+        (right, "lightgrey", 4, "right"),
+        (~right, WRONG, 6, "wrong"),
+    ):
+        label = f"{name}: {chosen.sum():,}"
+        axis.scatter(*points[chosen].T, s=size, color=color, label=label, linewidths=0)
+    axis.set(title="t-SNE of the test images: where the linear probe errs", xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    axis.legend(frameon=False)
+    fn.save_figure(figure, file)
+
+
+@fn.drawing
+def write_projector(looked: Looked, seed: int, folder: Path, most: int = 2000) -> None:
+    """The test images for TensorBoard's embedding projector: h, thumbnails, classes."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    h = looked.h
+    chosen = some_of_each(h.test_labels, most, seed)
+    names = [fn.shown(name) for name in h.classes]
+    predicted = looked.predicted
+    rows: list[Any] = [
+        [names[int(h.test_labels[i])], names[int(predicted[i])], fn.shown(looked.test_files[i])]
+        for i in chosen.tolist()
+    ]
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_embedding(
+            h.test[chosen],
+            metadata=rows,
+            metadata_header=["class", "predicted", "file"],
+            label_img=looked.test[chosen] / 255,
+            tag="h",
+        )
+    print(f"  TensorBoard's projector: tensorboard --logdir {folder}")
+
+
+def look(looked: Looked, points: np.ndarray | None, seed: int, folder: Path) -> None:
+    """All of it into a run's folder; points (N, 2) are the map of the test images, if there is
+    one."""
+    plot_neighbours(looked, seed, folder / "neighbours.png")
+    plot_confused(looked, folder / "confused.png")
+    plot_typical(looked, folder / "typical.png")
+    if points is not None:
+        plot_errors(points, looked, folder / "tsne_errors.png")
+    write_projector(looked, seed, folder / "projector")

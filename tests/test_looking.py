@@ -1,0 +1,276 @@
+"""Looking at what was learned, features to take away, and measuring on another set."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import user_error
+from PIL import Image
+
+import functions as fn
+import simCLR
+from contrastive import looking
+from contrastive.looking import Cell, Looked
+from contrastive.probe import Features
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+
+def looked(labels, predicted, classes=("a", "b", "c"), h=None, sure=0.9) -> Looked:
+    """Test images of which the probe says `predicted`; every image is also a training image."""
+    labels, predicted = torch.tensor(labels), torch.tensor(predicted)
+    n, k = len(labels), len(classes)
+    probabilities = torch.full((n, k), (1 - sure) / (k - 1))
+    probabilities[torch.arange(n), predicted] = sure
+    images = torch.randint(0, 256, (n, 3, 8, 8)).to(torch.uint8)
+    h = torch.randn(n, 4) if h is None else h
+    names = [f"{i}.png" for i in range(n)]
+    return Looked(
+        images, images, Features(h, labels, h, labels, classes), probabilities, names, names
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# What is near, confused, and typical
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_are_those_of_the_largest_cosine():
+    """Against all cosines, sorted; length does not matter, and k is at most the bank."""
+    queries, bank = torch.randn(7, 5), torch.randn(20, 5) * torch.rand(20, 1) * 9
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=2)
+    expected = cosines.argsort(dim=1, descending=True)
+    assert torch.equal(looking.nearest(queries, bank, 4, block=3), expected[:, :4])
+    assert torch.equal(looking.nearest(queries, bank, 99), expected)
+
+
+def test_the_worst_pairs_are_those_of_the_confusion_matrix():
+    """a: 2 of 3 wrong (once b, ... twice c); b: 1 of 3 wrong; c: never."""
+    seen = looked([0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 1, 1, 2, 2, 2])
+    assert looking.worst_pairs(seen) == [(0, 2, 2), (1, 2, 1)]
+    assert looking.worst_pairs(seen, classes=1) == [(0, 2, 2)]
+    assert looking.worst_pairs(looked([0, 1], [0, 1])) == []  # c has no image, nothing is wrong
+
+
+def test_the_typical_image_is_nearest_to_the_mean_direction():
+    h = torch.tensor([[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    order = looking.typical(h)
+    mean = torch.nn.functional.normalize(h, dim=1).mean(0)
+    cosines = torch.nn.functional.cosine_similarity(h, mean[None])
+    assert torch.equal(order, cosines.argsort(descending=True))
+    assert order[-1] == 3
+
+
+def test_some_of_each_class_stand_for_all():
+    labels = torch.tensor([0] * 600 + [1] * 400)
+    chosen = looking.some_of_each(labels, 100, seed=0)
+    assert labels[chosen].bincount().tolist() == [60, 40]
+    assert torch.equal(looking.some_of_each(labels, 1000, 0), torch.arange(1000))
+
+
+def test_right_neighbours_are_framed_and_wrong_ones_named(monkeypatch, tmp_path):
+    """Two test images of their class are each other's neighbours, before those of the other."""
+    h = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    seen = looked([0, 0, 1, 1], [0, 0, 1, 1], ("cat", "dog"), h)
+    grids = []
+    monkeypatch.setattr(looking, "draw_grid", lambda rows, *a, **k: grids.append(rows))
+    looking.plot_neighbours(seen, 0, tmp_path / "x.png")
+    (rows,) = grids
+    assert list(rows) == ["cat", "dog"]
+    for name, other in (("cat", "dog"), ("dog", "cat")):
+        query, *found = rows[name]
+        assert query.frame is None
+        assert [cell.frame for cell in found] == [looking.RIGHT] * 2 + [looking.WRONG] * 2
+        assert [cell.words for cell in found] == ["", "", other, other]
+
+
+def test_the_most_surely_mistaken_come_first(monkeypatch, tmp_path):
+    seen = looked([0, 0, 0, 1], [1, 1, 0, 1], ("cat", "dog"))
+    seen.probabilities[:2] = torch.tensor([[0.4, 0.6], [0.1, 0.9]])
+    grids = []
+    monkeypatch.setattr(looking, "draw_grid", lambda rows, *a, **k: grids.append(rows))
+    looking.plot_confused(seen, tmp_path / "x.png")
+    ((name, cells),) = grids[0].items()
+    assert name == "cat, taken for dog: 2 of 3"
+    assert [cell.words for cell in cells] == ["90% sure", "60% sure"]
+    assert torch.equal(cells[0].image, seen.test[1])
+
+
+def test_a_perfect_probe_confuses_nothing(tmp_path, capsys):
+    looking.plot_confused(looked([0, 1, 2], [0, 1, 2]), tmp_path / "x.png")
+    assert capsys.readouterr().out == "no confused pairs: no test image is mistaken\n"
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("name", ["$x$ _", "a" * 300, "<b>", "\udcff", "line\nbreak"])
+def test_names_of_any_letters_are_drawn(name, tmp_path, capsys):
+    rows = {name: [Cell(torch.zeros(3, 8, 8, dtype=torch.uint8), "tab:red", name)]}
+    looking.draw_grid(rows, "title", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert max(image.size) < 2000
+
+
+# ------------------------------------------------------------------------------------------------
+# End to end
+# ------------------------------------------------------------------------------------------------
+
+TINY = ["--stem", "imagenet", "--batch_size", 32, "--knn_k", 5, "--probe", "lbfgs", "--epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def pretrained(image_folder, run, tmp_path_factory):
+    """A run that has learned from the folder of colours, 8 pixels a side."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    flags = ["--dataset", image_folder, "--image_size", 8, *TINY, "--stages", "pretrain"]
+    done = run("simCLR.py", *flags, "--output_dir", folder / "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def measure(run, pretrained, tmp_path, stages, *flags):
+    done = run(
+        "simCLR.py",
+        *["--checkpoint", pretrained, "--stages", stages, "--output_dir", "out"],
+        *[*TINY[4:8], *flags],
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done
+
+
+def test_looking_leaves_its_figures(image_folder, pretrained, run, tmp_path):
+    flags = ["--dataset", image_folder, "--image_size", 8, "--no-baselines"]
+    done = measure(run, pretrained, tmp_path, "look", *flags)
+    out = tmp_path / "out"
+    for name in ("neighbours", "typical", "tsne_errors", "confusion_matrix"):
+        with Image.open(out / f"{name}.png") as image:
+            assert min(image.size) > 100
+    assert (out / "confused.png").is_file() != ("no confused pairs" in done.stdout)
+    (labels,) = (out / "projector").rglob("metadata.tsv")
+    header, *rows = labels.read_text().splitlines()
+    assert header.split("\t") == ["class", "predicted", "file"]
+    assert len(rows) == 24
+    assert sorted({row.split("\t")[0] for row in rows}) == ["blue", "green", "red"]
+    assert rows[0].split("\t")[2].startswith("test/")
+    assert list((out / "projector").rglob("sprite.png"))
+
+
+def test_features_are_those_of_the_encoder_with_the_names_of_their_files(
+    image_folder, pretrained, run, tmp_path
+):
+    """As the page says: h, labels, classes, files, splits; loaded without pickles."""
+    flags = ["--dataset", image_folder, "--image_size", 8, "--precision", "fp32"]
+    measure(run, pretrained, tmp_path, "features", *flags, "--accelerator", "cpu")
+    taken = np.load(tmp_path / "out/features.npz")
+    assert taken["h"].shape == (324, 512)
+    assert taken["h"].dtype == np.float32
+    assert taken["classes"].tolist() == ["blue", "green", "red"]
+    assert taken["splits"].tolist() == ["train"] * 300 + ["test"] * 24
+
+    i = taken["files"].tolist().index("test/green/003.png")
+    assert taken["classes"][taken["labels"][i]] == "green"
+    encoder = torchvision.models.resnet18()
+    encoder.fc = torch.nn.Identity()
+    encoder.load_state_dict(torch.load(pretrained / "encoder.pt", weights_only=True))
+    recorded = json.loads((pretrained / "results.json").read_text())["pretrain"]["normalize"]
+    mean, std = (torch.tensor(recorded[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with Image.open(image_folder / "test/green/003.png") as image:
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        expected = encoder.eval()(((pixels - mean) / std)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(taken["h"][i]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_a_flat_folder_of_grey_images_of_mixed_sizes(pretrained, run, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "mine/deeper").mkdir(parents=True)
+    for i, size in enumerate([(20, 9), (8, 8), (40, 40)]):
+        pixels = rng.integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "mine" / ("deeper" if i else "") / f"{i}.png")
+    measure(run, pretrained, tmp_path, "features", "--evaluate_on", "mine")
+    taken = np.load(tmp_path / "out/features.npz")
+    assert taken["files"].tolist() == ["0.png", "deeper/1.png", "deeper/2.png"]
+    assert taken["labels"].tolist() == [-1, -1, -1]
+    assert taken["splits"].tolist() == ["train"] * 3
+    assert taken["classes"].tolist() == []
+
+
+def test_transfer_shows_another_set_as_the_encoder_has_seen_its_own(
+    pretrained, run_here, tmp_path, monkeypatch
+):
+    """8-pixel digits at the size of the run's images, by the run's statistics."""
+    record = json.loads((pretrained / "data.json").read_text())
+    record["image_size"] = 12
+    other = tmp_path / "run"
+    other.mkdir()
+    for name in ("encoder.pt", "config.yaml", "results.json"):
+        (other / name).write_bytes((pretrained / name).read_bytes())
+    (other / "data.json").write_text(json.dumps(record))
+
+    seen = []
+
+    def note(self, images, *rest):
+        seen.append(tuple(images.shape[1:]))
+        return original(self, images, *rest)
+
+    original = torchvision.models.ResNet.forward
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", note)
+    flags = ["--checkpoint", other, "--stages", "knn,probe", "--evaluate_on", "digits"]
+    flags += ["--knn_k", 5, "--probe", "lbfgs", "--label_fraction", 0.1, "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(seen) == {(3, 12, 12)}
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["evaluated_on"] == {"dataset": "digits", "size": 12}
+    assert set(results["baselines"]) == {"raw_pixels", "untrained_encoder"}
+    assert results["data"]["classes"] == list("0123456789")
+    assert results["probe"]["test_accuracy"] > 0.3
+
+
+def test_pretraining_and_transfer_in_one_run_know_both_sets(image_folder, run_here, tmp_path):
+    flags = ["--dataset", image_folder, "--image_size", 8, *TINY, "--evaluate_on", "digits"]
+    flags += ["--stages", "pretrain,knn", "--no-baselines", "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads((tmp_path / "out/data.json").read_text())
+    assert record["classes"] == ["blue", "green", "red"]
+    assert record["evaluated_on"]["classes"] == list("0123456789")
+    assert record["evaluated_on"]["fingerprint"] in record["fingerprint"]
+
+
+def test_what_cannot_be_measured_on_is_refused_before_any_work(pretrained, run_here, tmp_path):
+    png = tmp_path / "flat/1.png"
+    png.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(png)
+    start = ["--checkpoint", pretrained, "--output_dir", "out"]
+    cases = {
+        ("knn", "flat"): "--evaluate_on flat has no classes",
+        ("knn", "nowhere"): "--evaluate_on nowhere: no such folder",
+        ("look", "flat"): "--evaluate_on flat has no classes",
+        ("explore", "flat"): "--evaluate_on flat has no classes",
+        ("finetune", "flat"): "--evaluate_on flat has no classes",
+    }
+    for (stages, name), words in cases.items():
+        flags = [*start, "--stages", stages, "--evaluate_on", name]
+        done = run_here("simCLR.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert words in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_alone_needs_no_other_set():
+    config = simCLR.Config(dataset="digits", stages="pretrain", evaluate_on="digits")
+    assert "--evaluate_on" in user_error(config.validate)
+
+
+def test_held_out_images_keep_their_names():
+    data = fn.load_dataset("digits")
+    held = fn.hold_out(data, 0.1)
+    names = held.names("train") + held.names("test")
+    assert sorted(names) == data.names("train")
+    i = 17
+    place = data.names("train").index(held.names("test")[i])
+    assert torch.equal(held.test_images[i : i + 1][0], data.train_images[place])
