@@ -107,7 +107,7 @@ def explore(
         return explore(looked, points, title, seed, file, most // 2)
 
     page = layout(looked, points, (chosen, neighbours, places), columns)
-    whole = as_html(page, sheet, f"{fn.shown(title)}: the map of the test images")
+    whole = as_html(page, sheet, f"{fn.shown(title, 60)}: the map of the test images")
     fn.write_atomically(file, whole.encode("utf-8", "replace"))
     print(f"  page {file}: {len(chosen):,} test images, to be opened in a browser")
     return None
@@ -253,6 +253,5 @@ def as_html(page: Any, sheet: bytes, title: str) -> str:
     from bokeh.resources import INLINE
 
     images = base64.b64encode(sheet).decode()
-    name = html.escape(title)
-    filled = {"images": images, "heading": name}
-    return file_html(page, INLINE, name, template=TEMPLATE, template_variables=filled)
+    filled = {"images": images, "heading": html.escape(title)}  # Bokeh escapes its own title
+    return file_html(page, INLINE, title, template=TEMPLATE, template_variables=filled)

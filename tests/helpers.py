@@ -1,6 +1,8 @@
 """Functions that several test files share; fixtures are in conftest.py."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -46,6 +48,13 @@ def user_error(call, *args) -> str:
     assert message.strip()
     assert len(message.splitlines()) == 1, message
     return message
+
+
+def code_on_page(page: str, word: str) -> str:
+    """The one block of Python on a page of the documentation in which a word stands."""
+    text = (Path(fn.__file__).parent / page).read_text("utf-8")
+    (found,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if word in code]
+    return found
 
 
 def make_config(**values) -> simCLR.Config:

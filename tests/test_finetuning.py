@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same_bits, cloned_state, make_config
+import torchvision
+from helpers import assert_same_bits, cloned_state, code_on_page, make_config
 from torch import nn
 
 import functions as fn
+import simCLR
 from contrastive import finetuning
 from contrastive.finetuning import FineTuning, Labelled, finetune, split
 
@@ -213,6 +215,30 @@ def test_a_finished_one_is_read_and_not_repeated(encoder, tmp_path, monkeypatch)
 def test_a_wrong_setting_is_named(flag, value):
     with pytest.raises(fn.UserError, match=f"--{flag}"):
         make_config(**{flag: value}).validate()
+
+
+def test_finetuned_weights_load_in_torchvision_as_the_page_says(tmp_path, monkeypatch):
+    """And the network there says what ours says."""
+    encoder, width = simCLR.build_encoder("resnet18", "cifar")
+    start = nn.Linear(width, 10)
+    images = fn.load_dataset("digits")
+    part = Labelled(
+        fn.Subset(images.train_images, torch.arange(40)),
+        images.train_labels[:40],
+        images.test_images[:20],
+        images.test_labels[:20],
+        images.classes,
+    )
+    quick = settings(finetune_epochs=1, finetune_batch_size=20)
+    found = finetune(
+        encoder, See(), part, start, quick, tmp_path / "x", keep=tmp_path / "finetuned.pt"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "torchvision": torchvision}
+    exec(code_on_page("docs/evaluation.md", "finetuned.pt"), names)
+    with torch.no_grad():
+        predicted = names["network"].eval()(part.test / 255).argmax(1)
+    assert predicted.tolist() == found.predicted
 
 
 def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run, tmp_path):

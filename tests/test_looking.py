@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import sklearn.ensemble
 import torch
 import torchvision
-from helpers import user_error
+from helpers import code_on_page, user_error
 from PIL import Image
 
 import functions as fn
@@ -181,6 +182,17 @@ def test_features_are_those_of_the_encoder_with_the_names_of_their_files(
     with torch.no_grad():
         expected = encoder.eval()(((pixels - mean) / std)[None])[0]
     torch.testing.assert_close(torch.from_numpy(taken["h"][i]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_used_in_scikit_learn_as_the_page_says(
+    image_folder, pretrained, run_here, tmp_path, monkeypatch, capfd
+):
+    flags = ["--checkpoint", pretrained, "--stages", "features", "--evaluate_on", image_folder]
+    run_here("simCLR.py", *flags, "--image_size", 8, "--output_dir", "out", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path / "out")
+    capfd.readouterr()
+    exec(code_on_page("docs/evaluation.md", "sklearn"), {"np": np, "sklearn": sklearn})
+    assert float(capfd.readouterr().out) > 0.9  # colours are told apart by almost any features
 
 
 def test_features_of_a_flat_folder_of_grey_images_of_mixed_sizes(pretrained, run, tmp_path):

@@ -1,0 +1,283 @@
+"""explore.html in a real browser: it opens from disk, points, clicks, filters, without an error."""
+
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from contrastive import explore
+from contrastive.looking import Looked
+from contrastive.probe import Features
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+EVIL = "<img src=x onerror=alert(1)>"
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
+def looked(classes, per_class=6, side=8) -> Looked:
+    """Images whose class shows in their h; the first of the first class is mistaken."""
+    labels = torch.arange(len(classes)).repeat_interleave(per_class)
+    n = len(labels)
+    h = torch.eye(len(classes))[labels] + 0.01 * torch.randn(n, len(classes))
+    images = torch.randint(0, 256, (n, 3, side, side)).to(torch.uint8)
+    probabilities = torch.eye(len(classes))[labels] * 0.9 + 0.1 / len(classes)
+    probabilities[0] = probabilities[-1]
+    names = [f"{EVIL}/{i:03}.png" if i % 2 else f"plain/{i:03}.png" for i in range(n)]
+    features = Features(h, labels, h, labels, tuple(classes))
+    return Looked(images, images, features, probabilities, names, names)
+
+
+def spread(n) -> np.ndarray:
+    """Points that lie apart, so that a click meets one of them."""
+    side = int(np.ceil(np.sqrt(n)))
+    return np.stack([np.arange(n) % side, np.arange(n) // side], axis=1).astype(float)
+
+
+def page(folder, classes=("cat", EVIL, "dog"), **values):
+    seen = looked(classes, **values)
+    file = folder / "explore.html"
+    explore.explore(seen, spread(len(seen.test)), f"{EVIL} set", 0, file)
+    return file
+
+
+# ------------------------------------------------------------------------------------------------
+# Without a browser
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 100])
+def test_it_is_one_file_below_10_mb_that_asks_for_nothing(classes, tmp_path):
+    file = page(tmp_path, [f"class {i}" for i in range(classes)])
+    text = file.read_text("utf-8")
+    assert len(text.encode()) < 10e6
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?(http|//)", text)
+
+
+def test_the_sheet_holds_each_image_in_its_place(tmp_path):
+    """Row by row, as the page looks for it; decoded again, it is the image but for WebP's loss."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    levels = torch.linspace(0, 255, 7).round().to(torch.uint8)
+    images = [level.expand(3, 8, 8) for level in levels]
+    sheet, columns = explore.contact_sheet(images)
+    assert columns == 3
+    with Image.open(BytesIO(sheet)) as decoded:
+        pixels = np.asarray(decoded.convert("RGB")).astype(int)
+    assert pixels.shape == (24, 24, 3)
+    for i, level in enumerate(levels.tolist()):
+        tile = pixels[8 * (i // 3) :, 8 * (i % 3) :][:8, :8]
+        assert abs(tile - level).max() <= 8
+
+
+def test_large_images_become_small(tmp_path):
+    sheet, _ = explore.contact_sheet([torch.zeros(3, 200, 200, dtype=torch.uint8)] * 4)
+    from io import BytesIO
+
+    from PIL import Image
+
+    with Image.open(BytesIO(sheet)) as decoded:
+        assert decoded.size == (64, 64)
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(explore, "BYTES", 30_000)
+    page(tmp_path, ["a", "b"], per_class=300)
+    shown = int(re.search(r"explore.html: (\d+) test images", capsys.readouterr().out).group(1))
+    assert shown <= 375
+
+
+# ------------------------------------------------------------------------------------------------
+# In a browser
+# ------------------------------------------------------------------------------------------------
+
+PLACE = """
+const [i] = arguments
+const map = [...Bokeh.documents[0]._all_models.values()].find((m) => m.type == "Figure")
+const view = Bokeh.index.find_one_by_id(map.id)
+const data = map.renderers[0].data_source.data
+const box = view.canvas_view.el.getBoundingClientRect()
+return [box.left + view.frame.x_scale.compute(data.x[i]),
+        box.top + view.frame.y_scale.compute(data.y[i])]
+"""
+TEXTS = """
+const found = []
+const walk = (node) => {
+    if (node.nodeType == Node.TEXT_NODE) found.push(node.textContent)
+    if (node.shadowRoot) walk(node.shadowRoot)
+    if (!["SCRIPT", "STYLE"].includes(node.nodeName)) node.childNodes.forEach(walk)
+}
+walk(document.body)
+return found.join("\\n")
+"""
+ELEMENTS = """
+const found = []
+const walk = (node) => {
+    if (node.nodeName == arguments[0]) found.push(node.outerHTML)
+    if (node.shadowRoot) walk(node.shadowRoot)
+    node.childNodes.forEach(walk)
+}
+walk(document.body)
+return found
+"""
+INSIDE = """
+const walk = (node) => {
+    if (node.nodeName == arguments[0]) return node
+    for (const child of [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes]) {
+        const found = walk(child)
+        if (found) return found
+    }
+}
+return walk(document.body)
+"""
+
+
+class Page:
+    """A page that is open in Chromium, and what a person does with it."""
+
+    def __init__(self, file):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = BROWSER
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+            options.add_argument(flag)
+        options.add_argument("--window-size=1400,1000")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.driver.get(file.as_uri())
+        self.wait(lambda: "of" in self.text() and self.place(0))
+
+    def wait(self, holds):
+        """Until something holds, for ten seconds."""
+        for _ in range(100):
+            try:
+                if found := holds():
+                    return found
+            except Exception as error:  # not there yet
+                self.error = error
+            time.sleep(0.1)
+        raise AssertionError(f"waited in vain; the page says {self.text()}")
+
+    def text(self):
+        return self.driver.execute_script(TEXTS)
+
+    def place(self, i):
+        return self.driver.execute_script(PLACE, i)
+
+    def point(self, i, click=False):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        actions = ActionChains(self.driver)
+        pointer = actions.w3c_actions.pointer_action
+        x, y = map(round, self.place(i))
+        pointer.move_to_location(x - 2, y)
+        pointer.move_to_location(x, y)
+        if click:
+            pointer.click()
+        actions.perform()
+
+    def first(self, element):
+        return self.driver.execute_script(INSIDE, element)
+
+    def errors(self):
+        return [line for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    if not (BROWSER and DRIVER):
+        pytest.skip("there is no chromium with chromedriver here (Debian: chromium-driver)")
+    torch.manual_seed(0)
+    there = Page(page(tmp_path_factory.mktemp("explore")))
+    yield there
+    there.driver.quit()
+
+
+@pytest.mark.slow
+def test_pointing_at_a_dot_shows_its_class_and_what_the_probe_says(opened):
+    opened.point(17)
+    opened.wait(lambda: "91%" not in opened.text() and "93% sure" in opened.text())
+    assert "dog" in opened.text()
+    assert "taken for dog" in opened.text()
+
+
+@pytest.mark.slow
+def test_a_click_shows_the_nearest_training_images(opened):
+    """Of the same class here; the first is the image itself."""
+    opened.point(6, click=True)
+    opened.wait(lambda: "nearest training images" in opened.text())
+    text = opened.text()
+    for i in range(6, 12):
+        assert f"{i:03}.png" in text
+
+
+@pytest.mark.slow
+def test_names_are_letters_and_no_elements(opened):
+    """A class and files called <img src=x onerror=alert(1)>: no image, no alert."""
+    opened.point(7)
+    opened.point(7, click=True)
+    opened.wait(lambda: f"{EVIL}/007.png" in opened.text())
+    assert EVIL in opened.text()
+    assert opened.driver.execute_script(ELEMENTS, "IMG") == []
+    assert f"{EVIL} set" in opened.driver.title
+    assert f"{EVIL} set: the map" in opened.text()
+
+
+@pytest.mark.slow
+def test_only_errors_and_the_search_choose_the_dots(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    assert "18 of 18 images" in opened.text()
+    button = opened.first("BUTTON")
+    button.click()
+    opened.wait(lambda: "1 of 18 images" in opened.text())
+    button.click()
+    opened.wait(lambda: "18 of 18 images" in opened.text())
+
+    field = opened.first("INPUT")
+    field.send_keys("PLAIN/")
+    opened.wait(lambda: "9 of 18 images" in opened.text())
+    field.send_keys(Keys.BACKSPACE * 6)
+    opened.wait(lambda: "18 of 18 images" in opened.text())
+
+
+@pytest.mark.slow
+def test_a_click_on_the_legend_hides_a_class(opened):
+    visible = """return [...Bokeh.documents[0]._all_models.values()]
+        .filter((m) => m.type == "GlyphRenderer").map((m) => m.visible)"""
+    assert opened.driver.execute_script(visible) == [True] * 3
+    first_item = """const found = []
+        const walk = (node) => {
+            if (node.classList?.contains("bk-item")) found.push(node)
+            if (node.shadowRoot) walk(node.shadowRoot)
+            node.childNodes.forEach(walk)
+        }
+        walk(document.body)
+        return found[0]"""
+    opened.driver.execute_script(first_item).click()
+    opened.wait(lambda: opened.driver.execute_script(visible) == [False, True, True])
+    opened.driver.execute_script(first_item).click()  # the legend was drawn anew
+    opened.wait(lambda: opened.driver.execute_script(visible) == [True] * 3)
+
+
+@pytest.mark.slow
+def test_the_console_has_no_error(opened):
+    assert opened.errors() == []
+
+
+@pytest.mark.slow
+def test_a_page_of_a_hundred_classes_opens(tmp_path):
+    if not (BROWSER and DRIVER):
+        pytest.skip("there is no chromium with chromedriver here (Debian: chromium-driver)")
+    there = Page(page(tmp_path, [f"class {i}" for i in range(100)], per_class=2))
+    try:
+        assert there.errors() == []
+    finally:
+        there.driver.quit()
