@@ -289,8 +289,7 @@ class Tuning:
     scratch: bool = False
 
     def run(self, start: nn.Linear, name: str, keep: Path | None = None) -> FineTuned:
-        """Fine-tune on all labelled images, from the classifier `start`, or from a new one."""
-        start = nn.Linear(start.in_features, start.out_features) if self.scratch else start
+        """Fine-tune on all labelled images, from the classifier `start`."""
         where = self.folder / name
         what = self.encoder, self.see, self.images, start, self.settings, where
         return finetune(*what, scratch=self.scratch, keep=keep)

@@ -21,7 +21,7 @@ from contrastive.looking import Looked, nearest, one, some_of_each
 MOST = 3000  # dots of the map
 NEIGHBOURS = 6
 TILE = 32  # pixels of an image's side, at most
-BYTES = 5_000_000  # of all images together
+BYTES = 5_500_000  # of all images together
 
 # What a click shows. Names are data: they go through `plain`, and never become elements.
 SHOW_NEIGHBOURS = """
@@ -127,7 +127,7 @@ def contact_sheet(images: list[Tensor]) -> tuple[bytes, int]:
     tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)))
     sheet = tiles.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)  # (r, H, c, W, 3)
     pixels = sheet.reshape(rows * side, columns * side, 3).round().clamp(0, 255).byte().numpy()
-    Image.fromarray(pixels).save(buffer := io.BytesIO(), format="WEBP", quality=80)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), format="WEBP", quality=70)
     return buffer.getvalue(), columns
 
 

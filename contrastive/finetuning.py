@@ -163,8 +163,8 @@ def finetune(
     see: how the encoder is shown images, uint8 (B, 3, H, W) -> float32. start: the classifier to
     begin with; the linear probe, for example, so that the first steps do not spoil the encoder to
     make up for a classifier that knows nothing (Kumar et al. 2022, arXiv 2202.10054). scratch: the
-    encoder knows nothing either and learns with the whole rate. keep: where the weights are to be
-    left, with keys encoder.* and classifier.*.
+    encoder knows nothing either, and learns with the whole rate, beside a new classifier. keep:
+    where the weights are to be left, with keys encoder.* and classifier.*.
 
     What it did is noted in `folder`: an interrupted one goes on, a finished one is not repeated.
     """
@@ -174,6 +174,8 @@ def finetune(
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
+    if scratch:
+        start = nn.Linear(start.in_features, start.out_features)
     head = classifier_head(start, settings.finetune_head)
     model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
     model.train().requires_grad_(True)  # a probe may have left the encoder frozen

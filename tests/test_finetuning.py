@@ -89,6 +89,19 @@ def test_it_begins_as_the_linear_probe(tmp_path):
     assert found.predicted == expected.tolist()
 
 
+def test_from_scratch_the_seed_alone_decides(encoder, tmp_path):
+    """Whatever was drawn before, and whatever the probe was: a resumed run repeats it."""
+    outcomes = []
+    for i in range(2):
+        torch.manual_seed(i)
+        start, images = nn.Linear(8, 3), colours()
+        images.train[:], images.test[:] = torch.arange(8).to(torch.uint8), 7
+        where = tmp_path / str(i)
+        outcomes.append(finetune(encoder, See(), images, start, settings(), where, scratch=True))
+    losses = [[row["train_loss"] for row in outcome.rows] for outcome in outcomes]
+    assert losses[0] == losses[1]
+
+
 def test_a_head_with_a_hidden_layer(encoder, tmp_path):
     _, weights = tuned(encoder, colours(), tmp_path, finetune_head="mlp")
     shapes = [tuple(weights[f"classifier.{name}.weight"].shape) for name in (0, 2)]
