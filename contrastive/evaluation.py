@@ -27,6 +27,10 @@ from functions import Batches, ImageDataset, Subset, UserError, check
 
 STAGES = ("pretrain", "knn", "probe", "finetune", "tsne", "look", "explore", "features")
 WITHOUT_LABELS = {"pretrain", "features"}
+OPEN_FIRST = (
+    *("explore.html", "few_labels.png", "finetuning.png", "neighbours.png", "tsne.png"),
+    "confusion_matrix.png",
+)
 WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or show what it says
 
 # ------------------------------------------------------------------------------------------------
@@ -35,7 +39,7 @@ WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or
 
 
 @dataclass
-class EvaluationSettings(FewLabelsSettings, FineTuningSettings, fn.RunConfig):
+class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     """What to measure, and how."""
 
     title: ClassVar[str] = "evaluation"
@@ -495,6 +499,9 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
     if "explore" in stages and evaluation.looked is not None and points is not None:
         title = Path(settings.evaluate_on or settings.dataset).name
         explore(evaluation.looked, points, title, seed, folder / "explore.html")
+    there = [str(folder / name) for name in OPEN_FIRST if (folder / name).is_file()]
+    if there:
+        print(f"to open first: {', '.join(there[:3])}")
 
 
 def print_table(measured: dict[str, Measured], held_out: str) -> None:
