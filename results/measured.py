@@ -18,7 +18,7 @@ from contrastive.finetuning import FineTuningSettings  # noqa: E402
 from contrastive.probe import ProbeSettings  # noqa: E402
 
 WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time"}
-WHERE |= {"stages", "checkpoint"}
+WHERE |= {"stages", "checkpoint", "knn_every"}
 OF_EVALUATION = {
     name
     for settings in (EvaluationSettings, ProbeSettings, FewLabelsSettings, FineTuningSettings)
