@@ -1,6 +1,7 @@
 """The scripts accept every command that a page shows, and every number on it was measured."""
 
 import csv
+import gzip
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -291,6 +293,27 @@ def test_the_ablations_are_what_was_measured():
             for flags in question.arms.values():
                 seeds = [one["seed"] for one in ablations.runs_of(flags, entries)]
                 assert seeds in ([], [0], [0, 1, 2])
+
+
+def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
+    """Files as Debian's package has them: a header, then bytes."""
+    package = tmp_path / "package"
+    package.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = {name: rng.integers(0, 256, (4, 28, 28), dtype=np.uint8) for name in ("train", "t10k")}
+    for name, images in pixels.items():
+        images_file = package / f"{name}-images-idx3-ubyte.gz"
+        images_file.write_bytes(gzip.compress(bytes(16) + images.tobytes()))
+        labels_file = package / f"{name}-labels-idx1-ubyte.gz"
+        labels_file.write_bytes(gzip.compress(bytes(8) + bytes([9, 0, 9, 3])))
+    module_of(ROOT / "results/fashion_mnist.py").main(tmp_path / "there", package)
+    data = fn.load_dataset(str(tmp_path / "there"), tmp_path, 28)
+    assert data.classes == ("ankle-boot", "dress", "t-shirt")
+    assert data.names("test") == [
+        *("test/ankle-boot/00000.png", "test/ankle-boot/00002.png"),
+        *("test/dress/00003.png", "test/t-shirt/00001.png"),
+    ]
+    assert np.array_equal(data.test_images[1, 2].numpy(), pixels["t10k"][2])
 
 
 def test_the_positive_is_counted_twice():
