@@ -469,7 +469,7 @@ def over_epochs(axis: Any, ylabel: str, accuracy: bool = False) -> None:
 def plot_curves(
     runs: dict[str, list[dict[str, float]]], held_out: str, file: Path, title: str
 ) -> None:
-    """Loss and accuracy over the epochs: training images dashed, held-out ones solid.
+    """Loss and accuracy over the epochs: training images dashed, held-out ones, if any, solid.
 
     runs: {name: its rows of an EpochLog}, a colour each.
     """
@@ -480,9 +480,10 @@ def plot_curves(
             run = f"{name}, " if len(runs) > 1 else ""
             marker = "o" if len(rows) <= 10 else ""
             for split, style in (("train", "--"), (held_out, "-")):
-                values = [row[f"{split}_{quantity}"] for row in rows]
+                values = [row.get(f"{split}_{quantity}") for row in rows]
                 look = {"color": f"C{i}", "marker": marker, "markersize": 4}
-                axis.plot(epochs, values, style, label=run + split, **look)
+                if None not in values:
+                    axis.plot(epochs, values, style, label=run + split, **look)
         over_epochs(axis, quantity, accuracy=quantity == "accuracy")
 
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)

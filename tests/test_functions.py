@@ -550,6 +550,13 @@ def test_curves_are_drawn(runs):
     assert_figure(Path("curves.png"))
 
 
+def test_curves_of_a_training_that_holds_nothing_out_are_drawn(capsys):
+    rows = [{name: row[name] for name in row if "validation" not in name} for row in curve(5)]
+    fn.plot_curves({"scratch": rows}, "validation", Path("curves.png"), "Accuracy")
+    assert_figure(Path("curves.png"))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("classes", [2, 10, 30])
 def test_confusion_matrix_is_drawn_also_with_a_class_that_no_image_has(classes):
     predictions, labels = randint(classes, 200), randint(classes - 1, 200, seed=1)
