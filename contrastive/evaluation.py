@@ -151,6 +151,7 @@ class Sets:
         if settings.needs_labels:
             flag = "--evaluate_on" if settings.evaluate_on else "--dataset"
             _, labels, _, _ = measured.labelled(flag)
+            labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
             for amount in settings.label_amounts:
                 amount.check(labels, measured.classes)
         return Sets(learned, measured)

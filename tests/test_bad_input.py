@@ -119,6 +119,7 @@ def bad_place(tmp_path_factory):
 DIGITS = ["--dataset", "digits"]
 KNN = [*DIGITS, "--stages", "knn", "--checkpoint"]
 Z = ["--probe_layer", "1"]
+FEW = ["--label_fraction", "0.1"]
 SIMCLR, RNN, TUNE = "simCLR.py", "rnn.py", "rnn_hyperparameter_tune.py"
 
 ALMOST_ALL = "--validation_fraction 0.999"
@@ -153,6 +154,7 @@ BAD = [
     (SIMCLR, [*DIGITS, "--label_fraction", "0"], "--label_fraction", "at most 1"),
     (SIMCLR, [*DIGITS, "--label_fractions", "0.1,2"], "--label_fractions", "at most 1"),
     (SIMCLR, [*DIGITS, "--label_fractions", "0.001"], "--label_fractions", "take at least 0.007"),
+    (SIMCLR, [*DIGITS, *FEW, "--label_fractions", "0.03"], "--label_fractions", "at least 0.07"),
     (SIMCLR, [*DIGITS, "--stages", "finetune"], "--stages finetune", "--checkpoint"),
     (SIMCLR, [*DIGITS, "--stages", "features"], "--stages features", "--checkpoint"),
     (SIMCLR, [*DIGITS, "--stages", "pretrain,gaze"], "'gaze'", "look,explore,features"),
