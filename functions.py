@@ -33,6 +33,7 @@ from images.sets import (  # noqa: F401
     hold_out,
     load_dataset,
     per_class_subset,
+    stratified_split,
     stratified_subset,
 )
 from machinery import trials  # noqa: F401

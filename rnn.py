@@ -64,8 +64,7 @@ def split(data: ImageDataset, fraction: float, seed: int) -> Splits:
     """
     images, labels, test_images, test_labels = data.labelled()
     # The test images stay unseen: what chooses an epoch or a learning rate is this split.
-    held_out = fn.stratified_subset(labels, fraction, seed)
-    kept = fn.complement(held_out, len(labels))
+    kept, held_out = fn.stratified_split(labels, fraction, seed)
 
     seen = set(labels[kept].tolist())
     lost = ", ".join(name for i, name in enumerate(data.classes) if i not in seen)

@@ -215,8 +215,7 @@ def split(images: Labelled, settings: FineTuningSettings) -> tuple[Batches, Batc
     labels = images.train_labels
     rest, validation = torch.arange(len(labels)), None
     if int(labels.bincount(minlength=len(images.classes)).min()) >= ENOUGH:
-        held_out = fn.stratified_subset(labels, 0.1, settings.seed)
-        rest = fn.complement(held_out, len(labels))
+        rest, held_out = fn.stratified_split(labels, 0.1, settings.seed)
         validation = Batches(Subset(images.train, held_out), labels[held_out], batch_size=500)
 
     size = min(settings.finetune_batch_size, len(rest))

@@ -205,8 +205,8 @@ def best_penalty(features: Features, seed: int) -> float:
     """
     if features.train_labels.bincount().min() < 100:
         return PENALTIES[0]
-    held_out = fn.stratified_subset(features.train_labels, 0.2, seed)
-    part = features.labelled(fn.complement(held_out, len(features.train)))
+    rest, held_out = fn.stratified_split(features.train_labels, 0.2, seed)
+    part = features.labelled(rest)
     unseen, labels = features.train[held_out], features.train_labels[held_out]
 
     def accuracy(penalty: float) -> float:

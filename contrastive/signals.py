@@ -49,8 +49,7 @@ def knn_monitor(data: ImageDataset, seed: int) -> KnnMonitor | None:
         return None
 
     # Training images, not test images: whoever watches this number chooses by it.
-    queries = fn.stratified_subset(labels, min(0.1, 1000 / len(labels)), seed)
-    rest = fn.complement(queries, len(labels))
+    rest, queries = fn.stratified_split(labels, min(0.1, 1000 / len(labels)), seed)
     bank = rest[fn.stratified_subset(labels[rest], min(1.0, 5000 / len(rest)), seed)]
     return KnnMonitor(
         images[bank], labels[bank], images[queries], labels[queries], len(data.classes)

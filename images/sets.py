@@ -153,8 +153,7 @@ def load_digits() -> ImageDataset:
     images = grey.round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)  # (N, 3, 8, 8)
     labels = torch.from_numpy(scans.target).long()
 
-    test = stratified_subset(labels, 0.2, seed=0)
-    train = complement(test, len(labels))
+    train, test = stratified_split(labels, 0.2, seed=0)
     return ImageDataset(
         name="digits",
         train_images=images[train],
@@ -281,8 +280,7 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
     problem = f"--validation_fraction {fraction}: {data.name}"
     if labels is None:
         raise UserError(f"{problem} has no classes to take a share of: leave it out")
-    chosen = stratified_subset(labels, fraction, seed=0)
-    rest = complement(chosen, len(labels))
+    rest, chosen = stratified_split(labels, fraction, seed=0)
     lost = sorted(set(count_labels(labels)) - set(count_labels(labels[rest])))
     names = ", ".join(data.classes[label] for label in lost)
     check(not lost, f"{problem} would have no training image of {names} left: take a smaller one")
@@ -305,6 +303,12 @@ def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     counts = {label: round(fraction * n) for label, n in count_labels(labels).items()}
     return choose(labels, counts, seed)
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(the rest, `stratified_subset`): all indices of labels int64 (N,) in two parts."""
+    chosen = stratified_subset(labels, fraction, seed)
+    return complement(chosen, len(labels)), chosen
 
 
 def per_class_subset(labels: Tensor, count: int, seed: int) -> Tensor:
