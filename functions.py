@@ -74,6 +74,7 @@ from machinery.training import (  # noqa: F401
     AveragedWeights,
     Checkpoints,
     EpochLog,
+    every_step,
     fit,
     make_trainer,
 )

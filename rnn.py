@@ -367,10 +367,7 @@ class RowClassification(fn.Classification):
                 pct_start=warmup / steps if warmup > 1 else 0.0,
                 cycle_momentum=False,
             )
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": cycle, "interval": "step"},
-            }
+            return fn.every_step(optimizer, cycle)
 
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.1, patience=config.patience

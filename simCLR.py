@@ -518,10 +518,7 @@ class Pretraining(Monitored):
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, warmup, total)
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return fn.every_step(optimizer, schedule)
 
 
 class CachedPretraining(GradientCache, Pretraining):

@@ -110,10 +110,7 @@ class FineTuning(fn.Classification):
         ]
         optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=0.9, nesterov=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.total_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return fn.every_step(optimizer, schedule)
 
 
 @dataclass

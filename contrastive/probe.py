@@ -131,10 +131,7 @@ class Probe(fn.Classification):
         parameters, steps = self.model.parameters(), self.epochs * len(self.train_batches)
         optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return fn.every_step(optimizer, schedule)
 
 
 def train_probe(

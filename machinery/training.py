@@ -410,6 +410,14 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=f".*{deprecated}.*is deprecated")
 
 
+def every_step(optimizer: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
+    """What `configure_optimizers` returns where the learning rate changes after each step."""
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+    }
+
+
 def fit(
     trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: Path | None = None
 ) -> None:
