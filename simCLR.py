@@ -656,15 +656,16 @@ def main(config: Config) -> None:
                 show_views(data.train_images, config, folder / "views.png")
             pretrained = pretrain(model, data, config, folder)
             results["pretrain"] = pretrained.results
-        normalize = recorded or fn.Normalize(data.pretraining_images)
-        if pretrained is None and config.recalibrate:
-            recalibrate(encoder, normalize, data.pretraining_images, config)
-        if config.needs_labels:
-            evaluation = evaluate(measured, untrained, normalize, sets.measured, config, folder)
-            results |= evaluation.results()
-        if "features" in config.stages_list:
-            shown = nn.Sequential(Resized(config.evaluation_size), normalize, measured)
-            save_features(shown, sets.measured, config.machine, folder / "features.npz")
+        if config.stages_list != ["pretrain"]:
+            normalize = recorded or fn.Normalize(data.pretraining_images)
+            if pretrained is None and config.recalibrate:
+                recalibrate(encoder, normalize, data.pretraining_images, config)
+            if config.needs_labels:
+                evaluation = evaluate(measured, untrained, normalize, sets.measured, config, folder)
+                results |= evaluation.results()
+            if "features" in config.stages_list:
+                shown = nn.Sequential(Resized(config.evaluation_size), normalize, measured)
+                save_features(shown, sets.measured, config.machine, folder / "features.npz")
 
         # The numbers first: no figure is worth losing them.
         run.save(**results)

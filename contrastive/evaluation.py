@@ -481,8 +481,8 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         predictions = torch.tensor(predicted)
         fn.plot_confusion_matrix(predictions, h.test_labels, h.classes, file, "Fine-tuned")
         curves = {
-            {"pretrained encoder": "fine-tuned"}.get(name, "from scratch"): outcome.finetuned.rows
-            for name, outcome in measured.items()
+            "fine-tuned" if outcome is ours else "from scratch": outcome.finetuned.rows
+            for outcome in measured.values()
             if outcome.finetuned is not None
         }
         title = "Fine-tuning, and the same network from scratch"

@@ -66,7 +66,6 @@ TOOLTIP = """
 </div>
 """
 
-
 # The images are a variable, as it alone reaches into the parts of a Bokeh page, and a blob, which
 # the browser decodes once.
 TEMPLATE = """
@@ -104,13 +103,13 @@ def explore(
     pictures += [one(looked.train, i) for i in neighbours.tolist()]
     sheet, columns = contact_sheet(pictures)
     if len(sheet) > BYTES and most > 200:
-        return explore(looked, points, title, seed, file, most // 2)
+        explore(looked, points, title, seed, file, most // 2)
+        return
 
     page = layout(looked, points, (chosen, neighbours, places), columns)
     whole = as_html(page, sheet, f"{fn.shown(title, 60)}: the map of the test images")
-    fn.write_atomically(file, whole.encode("utf-8", "replace"))
+    fn.write_atomically(file, whole.encode())
     print(f"  page {file}: {len(chosen):,} test images, to be opened in a browser")
-    return None
 
 
 def contact_sheet(images: list[Tensor]) -> tuple[bytes, int]:

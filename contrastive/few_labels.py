@@ -94,9 +94,8 @@ class Amount:
         """Raises UserError where a class would have no label."""
         if self.fraction is None:
             return
-        counts = labels.bincount(minlength=len(classes))
-        least = int(counts.clamp_min(1).min())
-        name = classes[int(counts.clamp_min(1).argmin())]
+        counts = labels.bincount(minlength=len(classes)).clamp_min(1)
+        least, name = int(counts.min()), classes[int(counts.argmin())]
         problem = f"--label_fractions {self.fraction:g} leaves {name} ({least:,} labels) without"
         check(round(self.fraction * least) >= 1, f"{problem}: take at least {1 / least:.2g}")
 

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -67,8 +67,8 @@ class Labelled:
 
     def labelled(self, chosen: Tensor) -> Labelled:
         """The same with these training images alone, indices int64 (M,)."""
-        part = Subset(self.train, chosen), self.train_labels[chosen]
-        return Labelled(*part, self.test, self.test_labels, self.classes)
+        train, labels = Subset(self.train, chosen), self.train_labels[chosen]
+        return replace(self, train=train, train_labels=labels)
 
 
 class FineTuning(fn.Classification):

@@ -121,13 +121,9 @@ def draw_grid(
             if cell.frame:
                 place, size = (left, 1.25 * r), (0.92, 0.92)
                 axis.add_patch(Rectangle(place, *size, fill=False, lw=2.5, color=cell.frame))
-            words = {"ha": "center", "va": "top", "fontsize": 7}
-            axis.text(
-                left + 0.46,
-                1.25 * r + 0.94,
-                fn.plain(cell.words, 16) if cell.words else "",
-                **words,
-            )
+            words = fn.plain(cell.words, 16) if cell.words else ""
+            middle, below = left + 0.46, 1.25 * r + 0.94
+            axis.text(middle, below, words, ha="center", va="top", fontsize=7)
 
     axis.set(xlim=(-0.1, columns + 0.4 * len(after)), ylim=(1.25 * len(rows), -0.1), xticks=[])
     axis.set_yticks([1.25 * r + 0.46 for r in range(len(rows))], names)
@@ -156,7 +152,7 @@ def plot_neighbours(looked: Looked, seed: int, file: Path, most: int = 10, k: in
             same = other == label
             words = "" if same else h.classes[other]
             cells.append(Cell(one(looked.train, j), RIGHT if same else WRONG, words))
-        rows[f"{h.classes[label]}"] = cells
+        rows[h.classes[label]] = cells
     draw_grid(rows, "Test images (left) and their nearest training images", file, after=[0])
 
 

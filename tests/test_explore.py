@@ -3,10 +3,12 @@
 import re
 import shutil
 import time
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from contrastive import explore
 from contrastive.looking import Looked
@@ -59,10 +61,6 @@ def test_it_is_one_file_below_10_mb_that_asks_for_nothing(classes, tmp_path):
 
 def test_the_sheet_holds_each_image_in_its_place(tmp_path):
     """Row by row, as the page looks for it; decoded again, it is the image but for WebP's loss."""
-    from io import BytesIO
-
-    from PIL import Image
-
     levels = torch.linspace(0, 255, 7).round().to(torch.uint8)
     images = [level.expand(3, 8, 8) for level in levels]
     sheet, columns = explore.contact_sheet(images)
@@ -77,10 +75,6 @@ def test_the_sheet_holds_each_image_in_its_place(tmp_path):
 
 def test_large_images_become_small(tmp_path):
     sheet, _ = explore.contact_sheet([torch.zeros(3, 200, 200, dtype=torch.uint8)] * 4)
-    from io import BytesIO
-
-    from PIL import Image
-
     with Image.open(BytesIO(sheet)) as decoded:
         assert decoded.size == (64, 64)
 
@@ -105,36 +99,26 @@ const box = view.canvas_view.el.getBoundingClientRect()
 return [box.left + view.frame.x_scale.compute(data.x[i]),
         box.top + view.frame.y_scale.compute(data.y[i])]
 """
-TEXTS = """
-const found = []
-const walk = (node) => {
-    if (node.nodeType == Node.TEXT_NODE) found.push(node.textContent)
-    if (node.shadowRoot) walk(node.shadowRoot)
-    if (!["SCRIPT", "STYLE"].includes(node.nodeName)) node.childNodes.forEach(walk)
+NODES = """
+function* below(node) {
+    yield node
+    if (node.shadowRoot) yield* below(node.shadowRoot)
+    for (const child of node.childNodes) yield* below(child)
 }
-walk(document.body)
-return found.join("\\n")
+const nodes = [...below(document.body)]
 """
-ELEMENTS = """
-const found = []
-const walk = (node) => {
-    if (node.nodeName == arguments[0]) found.push(node.outerHTML)
-    if (node.shadowRoot) walk(node.shadowRoot)
-    node.childNodes.forEach(walk)
-}
-walk(document.body)
-return found
+TEXTS = f"""{NODES}
+const hidden = ["SCRIPT", "STYLE"]
+return nodes.filter((n) => n.nodeType == Node.TEXT_NODE && !hidden.includes(n.parentNode.nodeName))
+    .map((n) => n.textContent).join("\\n")
 """
-INSIDE = """
-const walk = (node) => {
-    if (node.nodeName == arguments[0]) return node
-    for (const child of [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes]) {
-        const found = walk(child)
-        if (found) return found
-    }
-}
-return walk(document.body)
-"""
+ELEMENTS = f"{NODES} return nodes.filter((n) => n.nodeName == arguments[0])"
+LEGEND = f"{NODES} return nodes.filter((n) => n.classList?.contains('bk-item'))"
+
+needs_a_browser = pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason="there is no chromium with chromedriver here (Debian: chromium-driver)",
+)
 
 
 class Page:
@@ -183,8 +167,8 @@ class Page:
             pointer.click()
         actions.perform()
 
-    def first(self, element):
-        return self.driver.execute_script(INSIDE, element)
+    def elements(self, name):
+        return self.driver.execute_script(ELEMENTS, name)
 
     def errors(self):
         return [line for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
@@ -192,14 +176,13 @@ class Page:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    if not (BROWSER and DRIVER):
-        pytest.skip("there is no chromium with chromedriver here (Debian: chromium-driver)")
     torch.manual_seed(0)
     there = Page(page(tmp_path_factory.mktemp("explore")))
     yield there
     there.driver.quit()
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_pointing_at_a_dot_shows_its_class_and_what_the_probe_says(opened):
     opened.point(17)
@@ -208,6 +191,7 @@ def test_pointing_at_a_dot_shows_its_class_and_what_the_probe_says(opened):
     assert "taken for dog" in opened.text()
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_a_click_shows_the_nearest_training_images(opened):
     """Of the same class here; the first is the image itself."""
@@ -218,6 +202,7 @@ def test_a_click_shows_the_nearest_training_images(opened):
         assert f"{i:03}.png" in text
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_names_are_letters_and_no_elements(opened):
     """A class and files called <img src=x onerror=alert(1)>: no image, no alert."""
@@ -225,57 +210,51 @@ def test_names_are_letters_and_no_elements(opened):
     opened.point(7, click=True)
     opened.wait(lambda: f"{EVIL}/007.png" in opened.text())
     assert EVIL in opened.text()
-    assert opened.driver.execute_script(ELEMENTS, "IMG") == []
+    assert opened.elements("IMG") == []
     assert f"{EVIL} set" in opened.driver.title
     assert f"{EVIL} set: the map" in opened.text()
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_only_errors_and_the_search_choose_the_dots(opened):
     from selenium.webdriver.common.keys import Keys
 
     assert "18 of 18 images" in opened.text()
-    button = opened.first("BUTTON")
+    button = opened.elements("BUTTON")[0]
     button.click()
     opened.wait(lambda: "1 of 18 images" in opened.text())
     button.click()
     opened.wait(lambda: "18 of 18 images" in opened.text())
 
-    field = opened.first("INPUT")
+    field = opened.elements("INPUT")[0]
     field.send_keys("PLAIN/")
     opened.wait(lambda: "9 of 18 images" in opened.text())
     field.send_keys(Keys.BACKSPACE * 6)
     opened.wait(lambda: "18 of 18 images" in opened.text())
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_a_click_on_the_legend_hides_a_class(opened):
     visible = """return [...Bokeh.documents[0]._all_models.values()]
         .filter((m) => m.type == "GlyphRenderer").map((m) => m.visible)"""
     assert opened.driver.execute_script(visible) == [True] * 3
-    first_item = """const found = []
-        const walk = (node) => {
-            if (node.classList?.contains("bk-item")) found.push(node)
-            if (node.shadowRoot) walk(node.shadowRoot)
-            node.childNodes.forEach(walk)
-        }
-        walk(document.body)
-        return found[0]"""
-    opened.driver.execute_script(first_item).click()
+    opened.driver.execute_script(LEGEND)[0].click()
     opened.wait(lambda: opened.driver.execute_script(visible) == [False, True, True])
-    opened.driver.execute_script(first_item).click()  # the legend was drawn anew
+    opened.driver.execute_script(LEGEND)[0].click()  # the legend was drawn anew
     opened.wait(lambda: opened.driver.execute_script(visible) == [True] * 3)
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_the_console_has_no_error(opened):
     assert opened.errors() == []
 
 
+@needs_a_browser
 @pytest.mark.slow
 def test_a_page_of_a_hundred_classes_opens(tmp_path):
-    if not (BROWSER and DRIVER):
-        pytest.skip("there is no chromium with chromedriver here (Debian: chromium-driver)")
     there = Page(page(tmp_path, [f"class {i}" for i in range(100)], per_class=2))
     try:
         assert there.errors() == []
