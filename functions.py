@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import lightning
 import numpy as np
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 # ------------------------------------------------------------------------------------------------
 # Normalisation
@@ -391,21 +392,22 @@ def print_per_class(per_class: dict[str, float | None]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def drawing(plot: Callable[Parameters, None]) -> Callable[Parameters, None]:
+def drawing(plot: Callable[Parameters, Result]) -> Callable[Parameters, Result | None]:
     """Decorate a function that draws: a figure that fails costs one line, never a number.
 
-    A full disk is another matter: CannotWrite is passed on.
+    What it returns is passed on, None if it failed. A full disk is another matter: CannotWrite is passed on.
     """
 
     @functools.wraps(plot)
-    def drawn(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+    def drawn(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result | None:
         try:
-            plot(*args, **kwargs)
+            return plot(*args, **kwargs)
         except UserError:
             raise
         except Exception as error:  # a name that no font has, features that are no numbers
             reason = " ".join(str(error).split()) or type(error).__name__
             print(f"note: {plot.__name__} could not draw its figure ({reason})", file=sys.stderr)
+            return None
 
     return drawn
 

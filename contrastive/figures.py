@@ -127,6 +127,7 @@ def tsne_points(h: Tensor, seed: int) -> np.ndarray:
     return TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(points)
 
 
+@fn.drawing
 def tsne_map(h: Tensor, seed: int) -> np.ndarray | None:
     """`tsne_points` of the test images' h (N, D); None, and says so, for fewer than four.
 

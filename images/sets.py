@@ -261,8 +261,8 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
 
 def within(folder: Path, files: list[str]) -> list[str]:
     """The paths of files as they are below the folder."""
-    start = len(str(folder))
-    return [file[start:].lstrip(os.sep) for file in files]
+    above = f"{folder}{os.sep}"  # which paths in the current folder may lack
+    return [file.removeprefix(above) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 
 import functions as fn
 import simCLR
-from contrastive import looking
+from contrastive import figures, looking
 from contrastive.looking import Cell, Looked
 from contrastive.probe import Features
 
@@ -276,6 +276,29 @@ def test_what_cannot_be_measured_on_is_refused_before_any_work(pretrained, run_h
 def test_pretraining_alone_needs_no_other_set():
     config = simCLR.Config(dataset="digits", stages="pretrain", evaluate_on="digits")
     assert "--evaluate_on" in user_error(config.validate)
+
+
+def test_files_are_named_as_they_lie_in_the_folder(tmp_path, monkeypatch):
+    """However the folder is written."""
+    for name in ("flat/a.png", "classes/train/a/1.png", "classes/test/a/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+
+    for place, part, names in (
+        ("flat", "train", ["a.png"]),
+        ("classes", "train", ["train/a/1.png"]),
+        ("classes", "test", ["test/a/2.png"]),
+    ):
+        monkeypatch.chdir(tmp_path / place)
+        for folder in (".", "./", f"../{place}", f"{tmp_path}/{place}/"):
+            data = fn.load_dataset(folder, tmp_path / "data")
+            assert data.names(part) == names
+
+
+def test_a_map_that_cannot_be_made_costs_a_line(capsys):
+    """Features that are no numbers: nothing after it is lost."""
+    assert figures.tsne_map(torch.full((9, 3), torch.nan), seed=0) is None
+    assert "tsne_map could not" in capsys.readouterr().err
 
 
 def test_held_out_images_keep_their_names():
