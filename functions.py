@@ -395,7 +395,8 @@ def print_per_class(per_class: dict[str, float | None]) -> None:
 def drawing(plot: Callable[Parameters, Result]) -> Callable[Parameters, Result | None]:
     """Decorate a function that draws: a figure that fails costs one line, never a number.
 
-    What it returns is passed on, None if it failed. A full disk is another matter: CannotWrite is passed on.
+    What it returns is passed on, None if it failed. A full disk is another matter: CannotWrite is
+    passed on.
     """
 
     @functools.wraps(plot)
