@@ -14,6 +14,7 @@ import functions as fn
 from contrastive import figures
 from contrastive.explore import explore
 from contrastive.few_labels import (
+    Draw,
     FewLabels,
     FewLabelsSettings,
     measure_few_labels,
@@ -283,26 +284,42 @@ class Measured:
 class Tuning:
     """How one encoder is fine-tuned: on which images, and where what it leaves belongs.
 
-    see: how it is shown images, uint8 (B, 3, H, W) -> float32. scratch: it was not pretrained.
+    see: how it is shown images, uint8 (B, 3, H, W) -> float32. h: what it makes of them. scratch:
+    it was not pretrained.
     """
 
     encoder: nn.Module
     see: nn.Module
     images: Labelled
+    h: Features
     settings: EvaluationSettings
     folder: Path
     scratch: bool = False
 
-    def run(self, start: nn.Linear, name: str, keep: Path | None = None) -> FineTuned:
-        """Fine-tune on all labelled images, from the classifier `start`."""
+    def run(self, probed: nn.Linear, name: str, keep: Path | None = None) -> FineTuned:
+        """Fine-tune on all labelled images, of which `probed` is the linear probe."""
+
+        def start(chosen: Tensor) -> nn.Linear:
+            if self.scratch or len(chosen) == len(self.h.train):
+                return probed
+            # Some are to choose the epoch: what begins must not know them.
+            fitted = nn.Linear(probed.in_features, probed.out_features)
+            probe(self.h.labelled(chosen), self.settings, fitted)
+            return fitted
+
         where = self.folder / name
         what = self.encoder, self.see, self.images, start, self.settings, where
         return finetune(*what, scratch=self.scratch, keep=keep)
 
-    def on(self, chosen: Tensor, start: nn.Linear, name: str) -> float:
-        """The test accuracy with these labelled images alone, indices int64 (M,)."""
-        few = replace(self, images=self.images.labelled(chosen))
-        return few.run(start, name).test_accuracy
+    def on(self, draw: Draw, probed: nn.Linear) -> float:
+        """The test accuracy with these labelled images alone."""
+        few = replace(
+            self,
+            images=self.images.labelled(draw.chosen),
+            h=self.h.labelled(draw.chosen),
+            settings=replace(self.settings, seed=draw.seed),
+        )
+        return few.run(probed, draw.name).test_accuracy
 
 
 def measure(
@@ -326,8 +343,8 @@ def measure(
     if "finetune" in stages and tuning is not None:
         outcome.finetuned = tuning.run(classifier, "all-labels", keep)
     if settings.measures:
-        finetune = tuning.on if "finetune" in stages and tuning is not None else None
-        outcome.few_labels = measure_few_labels(features, settings, finetune)
+        few = tuning.on if "finetune" in stages and tuning is not None else None
+        outcome.few_labels = measure_few_labels(features, settings, few)
     return outcome
 
 
@@ -384,8 +401,8 @@ def evaluate(
         pixels = features_of(nn.Sequential(own, nn.Flatten()), images, settings)
         measured["raw pixels"] = measure(pixels, settings)
         see, place = nn.Sequential(resize, own), folder / "from-scratch"
-        scratch = Tuning(untrained, see, images, settings, place, scratch=True)
         h = features_of(nn.Sequential(see, untrained), images, settings)
+        scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
         measured["untrained encoder"] = measure(h, settings, None, scratch)
 
     see = nn.Sequential(resize, normalize)
@@ -396,7 +413,7 @@ def evaluate(
     # The probe is trained on features, not through the encoder: the same, without running it anew
     # in every epoch. What is saved is the whole classifier, from images to logits.
     classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
-    tuning = Tuning(encoder, see, images, settings, folder / "finetuning")
+    tuning = Tuning(encoder, see, images, h, settings, folder / "finetuning")
     keep = folder / "finetuned.pt"
     ours = measure(h, settings, classifier.classifier, tuning, keep)
     measured["pretrained encoder"] = ours

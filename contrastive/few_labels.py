@@ -13,9 +13,19 @@ import functions as fn
 from contrastive.probe import Features, ProbeSettings, knn_accuracy, probe
 from functions import check
 
-# Fine-tunes on some of the labelled images, indices int64 (M,), from their linear probe, and
-# returns its test accuracy. The text is what names it on disk.
-FineTune = Callable[[Tensor, nn.Linear, str], float]
+
+@dataclass
+class Draw:
+    """Which images have a label: indices int64 (M,); the seed that drew them, and how the draw is
+    called on disk."""
+
+    chosen: Tensor
+    seed: int
+    name: str
+
+
+# Fine-tunes on the labelled images of a draw, from their linear probe; returns its test accuracy.
+FineTune = Callable[[Draw, nn.Linear], float]
 
 
 @dataclass
@@ -148,8 +158,8 @@ def measure_few_labels(
     optimum = replace(settings, probe="lbfgs")
     for amount in settings.label_amounts:
         few = FewLabels(amount)
-        for draw in range(settings.label_seeds):
-            seed = settings.seed + draw  # the same draws for every encoder: a paired comparison
+        for i in range(settings.label_seeds):
+            seed = settings.seed + i  # the same draws for every encoder: a paired comparison
             chosen = amount.choose(features.train_labels, seed)
             part = features.labelled(chosen)
             few.images = len(chosen)
@@ -158,9 +168,8 @@ def measure_few_labels(
             classifier = nn.Linear(part.train.shape[1], len(part.classes))
             few.probe_accuracies.append(probe(part, optimum, classifier).test_accuracy)
             if finetune is not None:
-                few.finetuned_accuracies.append(
-                    finetune(chosen, classifier, f"{amount.file_name}-{draw}")
-                )
+                draw = Draw(chosen, seed, f"{amount.file_name}-{i}")
+                few.finetuned_accuracies.append(finetune(draw, classifier))
         found.append(few)
     return found
 

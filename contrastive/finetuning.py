@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -76,7 +77,7 @@ class FineTuning(fn.Classification):
 
     see: how the encoder is shown images, uint8 (B, 3, H, W) -> float32. No weight decay, crops and
     flips alone (Appendix B.5); crops are shifts by up to an eighth of the side, as is usual for
-    small images.
+    small images. pretrained: BatchNorm keeps the statistics that pretraining has left.
     """
 
     def __init__(
@@ -87,12 +88,22 @@ class FineTuning(fn.Classification):
         rates: tuple[float, float],
         total_steps: int,
         flip: float,
+        pretrained: bool = True,
     ) -> None:
         super().__init__(model, *parts)
         self.see = see
         self.rates = rates  # of the classifier, of the encoder
         self.total_steps = total_steps
         self.flip = flip
+        self.pretrained = pretrained
+
+    def on_train_epoch_start(self) -> None:
+        if self.pretrained:
+            # The statistics of a batch of ten labelled images would spoil those of thousands, and
+            # what the classifier was fitted to would be gone at the first step.
+            for part in self.model.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(self.see(images))
@@ -148,7 +159,7 @@ def finetune(
     encoder: nn.Module,
     see: nn.Module,
     images: Labelled,
-    start: nn.Linear,
+    start: Callable[[Tensor], nn.Linear],
     settings: FineTuningSettings,
     folder: Path,
     *,
@@ -158,34 +169,38 @@ def finetune(
     """Train a copy of `encoder`, images (B, 3, H, W) -> h (B, D), and a classifier, with labels.
 
     see: how the encoder is shown images, uint8 (B, 3, H, W) -> float32. start: the classifier to
-    begin with; the linear probe, for example, so that the first steps do not spoil the encoder to
-    make up for a classifier that knows nothing (Kumar et al. 2022, arXiv 2202.10054). scratch: the
-    encoder knows nothing either, and learns with the whole rate, beside a new classifier. keep:
-    where the weights are to be left, with keys encoder.* and classifier.*.
+    begin with, fitted to the labelled images of these indices, int64 (M,): the linear probe, so
+    that the first steps do not spoil the encoder to make up for a classifier that knows nothing
+    (Kumar et al. 2022, arXiv 2202.10054). It does not see the images that choose the epoch.
+    scratch: the encoder knows nothing either, and learns with the whole rate, beside a new
+    classifier. keep: where the weights are to be left, with keys encoder.* and classifier.*.
 
     What it did is noted in `folder`: an interrupted one goes on, a finished one is not repeated.
     """
-    outcome = folder / "outcome.json"
+    outcome, checkpoints = folder / "outcome.json", folder / "checkpoints"
     if outcome.is_file():
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of a process that was killed just then
         return FineTuned(**json.loads(outcome.read_text("utf-8")))
 
     folder.mkdir(parents=True, exist_ok=True)
+    chosen, held_out = split(images, settings.seed)
+    first = start(chosen)
     torch.manual_seed(settings.seed)
     if scratch:
-        start = nn.Linear(start.in_features, start.out_features)
-    head = classifier_head(start, settings.finetune_head)
+        first = nn.Linear(first.in_features, first.out_features)
+    head = classifier_head(first, settings.finetune_head)
     model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
     model.train().requires_grad_(True)  # a probe may have left the encoder frozen
-    train, validation = split(images, settings)
+    train, validation = batches(images, chosen, held_out, settings)
     epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train)))
     rate = settings.finetune_learning_rate * train.batch_size / 256
     rates = rate, (rate if scratch else rate * settings.finetune_encoder_rate)
     parts = train, validation or train
-    module = FineTuning(model, see, parts, rates, epochs * len(train), settings.finetune_flip)
+    total, flip = epochs * len(train), settings.finetune_flip
+    module = FineTuning(model, see, parts, rates, total, flip, pretrained=not scratch)
 
     log = fn.EpochLog(folder / "metrics.csv", quiet=keep is None)
     best = "validation_accuracy" if validation else None
-    checkpoints = folder / "checkpoints"
     kept = fn.Checkpoints(checkpoints, log, best, settings.checkpoint_every)
     what = settings.machine, settings.seed, epochs, log
     rate_flag, most = "--finetune_learning_rate", settings.max_time
@@ -203,27 +218,35 @@ def finetune(
     return found
 
 
-def split(images: Labelled, settings: FineTuningSettings) -> tuple[Batches, Batches | None]:
-    """(batches to train on, batches to choose the epoch by).
+def split(images: Labelled, seed: int) -> tuple[Tensor, Tensor]:
+    """(which labelled images are trained on, which choose the epoch): indices int64.
 
-    A stratified tenth of the labelled images chooses where every class has at least ENOUGH labels;
-    elsewhere all are trained on, and there is no choice.
+    A stratified tenth chooses where every class has at least ENOUGH labels; elsewhere all are
+    trained on, and there is no choice.
     """
     labels = images.train_labels
-    rest, validation = torch.arange(len(labels)), None
     if int(labels.bincount(minlength=len(images.classes)).min()) >= ENOUGH:
-        rest, held_out = fn.stratified_split(labels, 0.1, settings.seed)
-        validation = Batches(Subset(images.train, held_out), labels[held_out], batch_size=500)
+        return fn.stratified_split(labels, 0.1, seed)
+    return torch.arange(len(labels)), torch.arange(0)
 
-    size = min(settings.finetune_batch_size, len(rest))
+
+def batches(
+    images: Labelled, chosen: Tensor, held_out: Tensor, settings: FineTuningSettings
+) -> tuple[Batches, Batches | None]:
+    """(batches to train on, batches to choose the epoch by, if any), of these labelled images."""
+    part = images.labelled(chosen)
+    size = min(settings.finetune_batch_size, len(chosen))
     train = Batches(
-        Subset(images.train, rest),
-        labels[rest],
+        part.train,
+        part.train_labels,
         batch_size=size,
         seed=settings.seed,
-        drop_last=len(rest) % size == 1,  # BatchNorm cannot normalise a single image
+        drop_last=len(chosen) % size == 1,  # BatchNorm cannot normalise a single image
     )
-    return train, validation
+    if len(held_out) == 0:
+        return train, None
+    part = images.labelled(held_out)
+    return train, Batches(part.train, part.train_labels, batch_size=500)
 
 
 def tested(

@@ -11,7 +11,10 @@ from torch import nn
 import functions as fn
 import simCLR
 from contrastive import finetuning
-from contrastive.finetuning import FineTuning, Labelled, finetune, split
+from contrastive.evaluation import Tuning
+from contrastive.few_labels import Draw
+from contrastive.finetuning import FineTuning, Labelled, batches, finetune, split
+from contrastive.probe import Features, probe
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
@@ -40,19 +43,24 @@ class See(nn.Module):
         return images / 255
 
 
+def new(chosen: torch.Tensor) -> nn.Linear:
+    """A classifier that has learned nothing."""
+    torch.manual_seed(0)
+    return nn.Linear(8, 3)
+
+
 def tuned(encoder, images, folder, **values):
     keep = folder / "finetuned.pt"
     folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    start = nn.Linear(8, 3)
-    found = finetune(encoder, See(), images, start, settings(**values), folder / "x", keep=keep)
+    found = finetune(encoder, See(), images, new, settings(**values), folder / "x", keep=keep)
     return found, torch.load(keep, weights_only=True)
 
 
 def test_it_learns_and_leaves_the_pretrained_encoder_alone(encoder, tmp_path):
     before = cloned_state(encoder)
     images = colours(test=50)
-    found, weights = tuned(encoder, images, tmp_path, finetune_steps=60, finetune_learning_rate=1.0)
+    fast = {"finetune_learning_rate": 1.0, "finetune_encoder_rate": 1.0}
+    found, weights = tuned(encoder, images, tmp_path, finetune_steps=60, **fast)
     assert_same_bits(encoder, before)
     assert found.test_accuracy > 0.9
     assert found.labels == 60
@@ -79,24 +87,113 @@ def test_the_weights_that_are_kept_give_the_accuracy_that_is_reported(encoder, t
 
 
 def test_it_begins_as_the_linear_probe(tmp_path):
-    """With a rate of next to nothing it predicts what the probe predicts."""
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    start, images = nn.Linear(8, 3), colours()
+    """With a rate of next to nothing it predicts what the probe predicts.
+
+    BatchNorm's statistics are pretraining's: those of a few labelled images are others.
+    """
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    encoder[1].running_mean.normal_()
+    images = colours(test=50)
+    with torch.no_grad():
+        h = encoder.eval()(images.train / 255)
+
+    def start(chosen):
+        features = Features(h, images.train_labels, h, images.train_labels, images.classes)
+        probe(features, settings(probe="lbfgs"), fitted := nn.Linear(8, 3))
+        return fitted
+
     still = settings(finetune_learning_rate=1e-12)
     found = finetune(encoder, See(), images, start, still, tmp_path / "x")
     with torch.no_grad():
-        expected = start(encoder(images.test / 255)).argmax(1)
-    assert found.predicted == expected.tolist()
+        logits = start(torch.arange(60))(encoder.eval()(images.test / 255))
+    assert found.predicted == logits.argmax(1).tolist()
+    assert len(set(found.predicted)) == 3
+
+
+def test_from_scratch_batchnorm_learns_its_statistics(encoder, tmp_path, monkeypatch):
+    """Pretrained, it keeps them, in the steps after a validation as well."""
+    seen: dict[bool, set[bool]] = {}
+    steps = FineTuning.training_step
+
+    def note(module, batch, batch_idx):
+        norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+        seen.setdefault(module.pretrained, set()).update(part.training for part in norms)
+        assert module.training
+        return steps(module, batch, batch_idx)
+
+    monkeypatch.setattr(FineTuning, "training_step", note)
+    for scratch in (False, True):
+        what = encoder, See(), colours(per_class=100), new, settings(), tmp_path / str(scratch)
+        finetune(*what, scratch=scratch)
+    assert seen == {True: {False}, False: {True}}
+
+
+@pytest.mark.parametrize(("per_class", "known"), [(99, 99), (100, 90)])
+def test_the_probe_it_begins_as_does_not_know_the_images_that_choose_the_epoch(
+    per_class, known, encoder, tmp_path, monkeypatch
+):
+    images = colours(per_class=per_class)
+    h = Features(
+        torch.randn(3 * per_class, 8), images.train_labels, torch.randn(30, 8), images.test_labels,
+        images.classes,
+    )  # fmt: skip
+    begun: list[torch.Tensor] = []
+
+    def note(encoder, see, images, start, *_, **__):
+        chosen, held_out = split(images, seed=0)
+        assert not set(chosen.tolist()) & set(held_out.tolist())
+        probed, begun[:] = start(chosen), [start(chosen).weight, chosen]
+        return probed
+
+    monkeypatch.setattr("contrastive.evaluation.finetune", note)
+    whole = new(torch.arange(0))
+    tuning = Tuning(encoder, See(), images, h, settings(probe="lbfgs"), tmp_path)
+    probed = tuning.run(whole, "x")
+    assert len(begun[1]) == 3 * known
+    if known == per_class:
+        assert probed is whole
+        return
+
+    # Of other images it is the same probe if those are the ones held out.
+    held_out = torch.ones(len(h.train), dtype=torch.bool)
+    held_out[begun[1]] = False
+    before = begun[0].clone()
+    h.train[held_out] += 100
+    tuning.run(whole, "x")
+    assert torch.equal(begun[0], before)
+    h.train[begun[1][0]] += 100
+    tuning.run(whole, "x")
+    assert not torch.equal(begun[0], before)
+
+
+def test_each_draw_is_a_training_of_its_own(encoder, tmp_path):
+    """With all labels too, where the draws are of the same images."""
+    images, h = colours(), torch.randn(60, 8)
+    features = Features(h, images.train_labels, h[:30], images.test_labels, images.classes)
+    tuning = Tuning(encoder, See(), images, features, settings(), tmp_path)
+    everything = torch.arange(60)
+    for seed in (0, 1):
+        tuning.on(Draw(everything, seed, f"all-{seed}"), new(everything))
+    rows = [
+        json.loads((tmp_path / name / "outcome.json").read_text())["rows"]
+        for name in ("all-0", "all-1")
+    ]
+    assert rows[0][0]["train_loss"] != rows[1][0]["train_loss"]
 
 
 def test_from_scratch_the_seed_alone_decides(encoder, tmp_path):
     """Whatever was drawn before, and whatever the probe was: a resumed run repeats it."""
     outcomes = []
     for i in range(2):
-        torch.manual_seed(i)
-        start, images = nn.Linear(8, 3), colours()
+        images, where = colours(), tmp_path / str(i)
         images.train[:], images.test[:] = torch.arange(8).to(torch.uint8), 7
-        where = tmp_path / str(i)
+
+        def start(chosen, seed=i):
+            torch.manual_seed(seed)
+            return nn.Linear(8, 3)
+
         outcomes.append(finetune(encoder, See(), images, start, settings(), where, scratch=True))
     losses = [[row["train_loss"] for row in outcome.rows] for outcome in outcomes]
     assert losses[0] == losses[1]
@@ -124,7 +221,7 @@ def test_the_encoder_learns_with_a_share_of_the_rate_and_from_scratch_with_all_o
     monkeypatch.setattr(FineTuning, "configure_optimizers", note)
     for scratch in (False, True):
         where = tmp_path / str(scratch)
-        finetune(encoder, See(), colours(), nn.Linear(8, 3), settings(), where, scratch=scratch)
+        finetune(encoder, See(), colours(), new, settings(), where, scratch=scratch)
     rate = 0.05 * 16 / 256
     assert seen[0][0] == pytest.approx([rate, rate / 10])
     assert seen[1][0] == pytest.approx([rate, rate])
@@ -153,7 +250,8 @@ def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
     images = colours(per_class=100)
     images.train[:, 0, 0, 0] = torch.arange(300) % 251  # to tell them apart by their first pixel
     images.train[:, 0, 0, 1] = torch.arange(300) // 251
-    train, validation = split(images, settings())
+    parts = split(images, seed=0)
+    train, validation = batches(images, *parts, settings())
 
     def which(batches):
         pixels = torch.cat([batch[:, 0, 0, :2].int() for batch, _ in batches])
@@ -166,7 +264,7 @@ def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
     assert labels.bincount().tolist() == [10, 10, 10]
 
     few = images.labelled(torch.arange(3, 300))  # 99 of each class
-    train, nothing = split(few, settings())
+    train, nothing = batches(few, *split(few, seed=0), settings())
     assert nothing is None
     assert len(which(train)) == 297
 
@@ -174,7 +272,7 @@ def test_a_tenth_of_the_labelled_images_chooses_where_they_suffice():
 def test_a_last_batch_of_one_image_is_left_out():
     """BatchNorm cannot normalise it."""
     images = colours(per_class=11)  # 33 images: 16 + 16 + 1
-    train, _ = split(images, settings())
+    train, _ = batches(images, *split(images, seed=0), settings())
     assert [len(labels) for _, labels in train] == [16, 16]
 
 
@@ -233,7 +331,7 @@ def test_a_wrong_setting_is_named(flag, value):
 def test_finetuned_weights_load_in_torchvision_as_the_page_says(tmp_path, monkeypatch):
     """And the network there says what ours says."""
     encoder, width = simCLR.build_encoder("resnet18", "cifar")
-    start = nn.Linear(width, 10)
+    start = lambda _: nn.Linear(width, 10)  # noqa: E731
     images = fn.load_dataset("digits")
     part = Labelled(
         fn.Subset(images.train_images, torch.arange(40)),
