@@ -123,6 +123,10 @@ class Normalize(nn.Module):
         normalize.std.copy_(std.view(-1, 1, 1))
         return normalize
 
+    def record(self) -> dict[str, list[float]]:
+        """Mean and deviation of each channel, for results.json."""
+        return {name: getattr(self, name).flatten().tolist() for name in ("mean", "std")}
+
     def forward(self, images: Tensor) -> Tensor:
         white = 255 if images.dtype == torch.uint8 else 1
         return (images.float() * (1 / (white * self.std))).sub_(self.mean / self.std)
@@ -529,6 +533,11 @@ def plot_confusion_matrix(
     save_figure(figure, file)
 
 
+def dot_size(count: int) -> float:
+    """How large the dots of a map are, in matplotlib's points squared: the more, the smaller."""
+    return max(2, min(14, 20000 / count))
+
+
 @drawing
 def plot_tsne(
     points: np.ndarray, labels: Tensor, classes: Sequence[str], file: Path, title: str
@@ -537,7 +546,7 @@ def plot_tsne(
     from matplotlib import colormaps
 
     figure, axis = new_figure(8.2, 6.6)
-    size = max(2, min(14, 20000 / len(points)))
+    size = dot_size(len(points))
     few = len(classes) <= 10
     colors = colormaps["tab10" if few else "gist_ncar"]
     for i, name in enumerate(classes):

@@ -25,7 +25,7 @@ import copy
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -47,6 +47,7 @@ from contrastive.caching import GradientCache
 from contrastive.evaluation import (
     EvaluationSettings,
     Resized,
+    as_shown,
     at_learned_size,
     draw,
     evaluate,
@@ -58,7 +59,7 @@ from contrastive.features import save_features
 from contrastive.lars import LARS
 from contrastive.losses import contrastive_loss
 from contrastive.plan import print_plan
-from contrastive.pretrained import as_trained, encoder_file, load_encoder, load_model, normalize_of
+from contrastive.pretrained import as_trained, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
@@ -445,6 +446,8 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
         super().validate()
         fits = self.norm == "batch" or not self.recalibrate
         check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
+        alone = self.processes == 1 or "pretrain" in self.stages_list
+        check(alone, "--devices is for pretraining: leave it out, or add pretrain to --stages")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -573,7 +576,6 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         recalibrate(encoder, module.normalize, data.pretraining_images, config)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     fn.save_torch(folder / "encoder.pt", state)
-    normalize = {"mean": module.normalize.mean, "std": module.normalize.std}
     pace = statistics.median(row["images_per_second"] for row in log.rows)
     results = {
         "epochs": len(log.rows),
@@ -582,7 +584,7 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
         "seconds": round(sum(row["seconds"] for row in log.rows), 1),
         "pairs_per_second": round(pace * config.views / 2, 1),
         "final_loss": log.rows[-1]["train_loss"],
-        "normalize": {name: value.flatten().tolist() for name, value in normalize.items()},
+        "normalize": module.normalize.record(),
     }
     print(f"pretraining took {in_words(results['macs'])}")
     return Pretrained(results, log.rows)
@@ -604,9 +606,9 @@ def print_learning_rate(config: Optimisation) -> None:
 
 def check_data(data: ImageDataset, config: Config) -> None:
     """Fail now rather than after hours of pretraining. Raises UserError."""
-    n = len(data.pretraining_images)
-    check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
     if "pretrain" in config.stages_list:
+        n = len(data.pretraining_images)
+        check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
         most, wanted = n // config.processes, config.batch_size
         remedy = f"take at most {most}"
         problem = f"--batch_size {wanted} is too large for the {n:,} images of {data.name}"
@@ -617,11 +619,13 @@ def main(config: Config) -> None:
     beyond_h = config.probe_layer > 0
     file = encoder_file(config.checkpoint, beyond_h) if config.checkpoint else None
     config = as_trained(config, file, beyond_h) if file else config
+    if file and config.evaluate_on:
+        config = replace(config, dataset=config.evaluate_on)  # what the run's record is about
     run = fn.Run(config)
     if run.is_finished():
         return
-    sets = load_sets(config)
-    run.is_about(sets.description())
+    sets = load_sets(config, file)
+    run.is_about(sets.description(), "evaluate_on" if file and config.evaluate_on else "dataset")
     sets = sets.ready(config)
     config, data = at_learned_size(config, sets, file), sets.learned
     check_data(data, config)
@@ -634,13 +638,7 @@ def main(config: Config) -> None:
     head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm
     model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
     measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
-    recorded = None
-    if file is not None:
-        if beyond_h:
-            load_model(model, file)
-        else:
-            load_encoder(encoder, file)
-        recorded = normalize_of(file)
+    recorded = load_trained(model, file, beyond_h) if file else None
 
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     if "pretrain" in config.stages_list:
@@ -658,6 +656,7 @@ def main(config: Config) -> None:
             results["pretrain"] = pretrained.results
         if config.stages_list != ["pretrain"]:
             normalize = recorded or fn.Normalize(data.pretraining_images)
+            results |= as_shown(config, normalize, sets.measured)
             if pretrained is None and config.recalibrate:
                 recalibrate(encoder, normalize, data.pretraining_images, config)
             if config.needs_labels:

@@ -24,7 +24,7 @@ from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, fine
 from contrastive.looking import Looked, look
 from contrastive.pretrained import encoder_file, image_side
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
-from functions import Batches, ImageDataset, Subset, UserError, check
+from functions import Batches, ImageDataset, Subset, check
 
 STAGES = ("pretrain", "knn", "probe", "finetune", "tsne", "look", "explore", "features")
 WITHOUT_LABELS = {"pretrain", "features"}
@@ -33,6 +33,7 @@ OPEN_FIRST = (
     "confusion_matrix.png",
 )
 WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or show what it says
+MEASURING = {"knn", "probe", "finetune"}  # which compare accuracies
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -42,6 +43,8 @@ WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or
 @dataclass
 class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     """What to measure, and how."""
+
+    free_on_resume = (*FineTuningSettings.free_on_resume, "evaluate_on")
 
     title: ClassVar[str] = "evaluation"
 
@@ -75,6 +78,12 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
         self.require("evaluate_on", fn.UTF_8)
         needless = self.evaluate_on is not None and self.stages_list == ["pretrain"]
         check(not needless, "--evaluate_on is for stages after pretrain: add knn,probe to --stages")
+        transfer = self.evaluate_on is not None and self.checkpoint is not None
+        remedy = "leave it out, or give it to the run that pretrains"
+        problem = f"--recalibrate measures on what was learned from, not on --evaluate_on: {remedy}"
+        check(not (transfer and self.recalibrate), problem)
+        of_h = "finetune" not in self.stages_list or self.probe_layer == 0
+        check(of_h, "--probe_layer is not for finetune, which trains what makes h: leave it out")
         self.require("label_fraction", fn.SHARE)
         self.require("validation_fraction", fn.BELOW_1)
 
@@ -113,7 +122,12 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     @property
     def measures(self) -> bool:
         """Whether a stage compares accuracies."""
-        return self.probes or "knn" in self.stages_list
+        return bool(MEASURING & set(self.stages_list))
+
+    @property
+    def set_flag(self) -> str:
+        """The flag that names the images to measure on."""
+        return "--dataset" if self.evaluate_on is None else "--evaluate_on"
 
 
 SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
@@ -138,9 +152,7 @@ class Sets:
         """What a run notes of them, to tell whether it is resumed on the same."""
         if not self.differ:
             return self.learned.description()
-        learned, measured = self.learned.description(), self.measured.description()
-        both = f"{learned['fingerprint']} {measured['fingerprint']}"
-        return {**learned, "fingerprint": both, "evaluated_on": measured}
+        return {**self.learned.description(), "evaluate_on": self.measured.description()}
 
     def ready(self, settings: EvaluationSettings) -> Sets:
         """The same as they are used: with validation images in the place of the test images if
@@ -150,27 +162,31 @@ class Sets:
             measured = fn.hold_out(measured, settings.validation_fraction)
             learned = learned if self.differ else measured
         if settings.needs_labels:
-            flag = "--evaluate_on" if settings.evaluate_on else "--dataset"
-            _, labels, _, _ = measured.labelled(flag)
+            _, labels, _, _ = measured.labelled(settings.set_flag)
             labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
             for amount in settings.label_amounts:
                 amount.check(labels, measured.classes)
         return Sets(learned, measured)
 
 
-def load_sets(settings: EvaluationSettings) -> Sets:
-    """The sets that the stages need. Raises UserError."""
-    other = settings.evaluate_on
-    named = [settings.dataset] if other is None or "pretrain" in settings.stages_list else []
-    named += [other] if other is not None else []
-    sets = []
-    for name in named:
-        try:
-            sets.append(fn.load_dataset(name, settings.data_dir, settings.image_size))
-        except UserError as error:
-            flag = "--evaluate_on" if name == other else "--dataset"
-            raise UserError(str(error).replace("--dataset", flag, 1)) from None
-    return Sets(sets[0], sets[-1])
+def load_sets(settings: EvaluationSettings, file: Path | None = None) -> Sets:
+    """The sets that the stages need: --dataset, and --evaluate_on where that is another one.
+
+    file: of the encoder, where it was trained before. A folder that is measured on is read as large
+    as the encoder is shown it. Raises UserError.
+    """
+    where, size, other = settings.data_dir, settings.image_size, settings.evaluate_on
+    learned, side = None, image_side(file) if file else None
+    if other is None or "pretrain" in settings.stages_list:
+        learned = fn.load_dataset(settings.dataset, where, size)
+        side = learned.train_images.shape[-1]
+        if other is None:
+            return Sets(learned, learned)
+    shown = settings.evaluation_size or side or 32
+    measured = fn.load_dataset(other, where, size, folder_size=shown, flag="--evaluate_on")
+    if learned is None or measured.fingerprint == learned.fingerprint:
+        return Sets(measured, measured)
+    return Sets(learned, measured)
 
 
 def at_learned_size(settings: SettingsT, sets: Sets, file: Path | None) -> SettingsT:
@@ -182,6 +198,16 @@ def at_learned_size(settings: SettingsT, sets: Sets, file: Path | None) -> Setti
         return settings
     side = image_side(file) if file else sets.learned.train_images.shape[-1]
     return replace(settings, evaluation_size=side)
+
+
+def as_shown(
+    settings: EvaluationSettings, normalize: fn.Normalize, data: ImageDataset
+) -> dict[str, Any]:
+    """How the encoder was shown the images that it is measured on, for results.json: whoever uses
+    what a run leaves is to show it theirs in the same way."""
+    other = {} if settings.evaluate_on is None else {"evaluated_on": settings.evaluate_on}
+    size = settings.evaluation_size or data.train_images.shape[-1]
+    return {**other, "shown": {"size": size, "normalize": normalize.record()}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -340,10 +366,13 @@ def measure(
         outcome.knn = knn_accuracy(features, settings)
     if settings.probes:
         outcome.probe = probe(features, settings, classifier)
+    few = None
     if "finetune" in stages and tuning is not None:
-        outcome.finetuned = tuning.run(classifier, "all-labels", keep)
+        if settings.label_amounts:  # all labels take the longest, and --label_fractions 1 asks
+            few = tuning.on
+        else:
+            outcome.finetuned = tuning.run(classifier, "all-labels", keep)
     if settings.measures:
-        few = tuning.on if "finetune" in stages and tuning is not None else None
         outcome.few_labels = measure_few_labels(features, settings, few)
     return outcome
 
@@ -355,20 +384,17 @@ def measure(
 
 @dataclass
 class Evaluation:
-    """What was measured: {representation: its accuracies}, h of the pretrained encoder, what there
-    is to look at, and of which other set all of it is, if of another."""
+    """What was measured: {representation: its accuracies}, h of the pretrained encoder, and what
+    there is to look at."""
 
     measured: dict[str, Measured]
     features: Features
     looked: Looked | None = None
-    evaluated_on: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         """This part of results.json."""
         *baselines, ours = self.measured
         found: dict[str, Any] = {}
-        if self.evaluated_on is not None:
-            found["evaluated_on"] = self.evaluated_on
         if baselines:
             found["baselines"] = {
                 name.replace(" ", "_"): self.measured[name].results() for name in baselines
@@ -397,13 +423,15 @@ def evaluate(
     # on simple images the pixels alone are hard to beat.
     if settings.baselines and settings.measures:
         print("measuring raw pixels and the untrained encoder", flush=True)
+        asked = ",".join(stage for stage in settings.stages_list if stage in MEASURING)
+        alike = replace(settings, stages=asked)  # what is only looked at needs no probe here
         own = fn.Normalize(data.pretraining_images)
         pixels = features_of(nn.Sequential(own, nn.Flatten()), images, settings)
-        measured["raw pixels"] = measure(pixels, settings)
+        measured["raw pixels"] = measure(pixels, alike)
         see, place = nn.Sequential(resize, own), folder / "from-scratch"
         h = features_of(nn.Sequential(see, untrained), images, settings)
         scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
-        measured["untrained encoder"] = measure(h, settings, None, scratch)
+        measured["untrained encoder"] = measure(h, alike, None, scratch)
 
     see = nn.Sequential(resize, normalize)
     h = features_of(nn.Sequential(see, encoder), images, settings)
@@ -431,9 +459,7 @@ def evaluate(
     if ours.few_labels:
         print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
     looked = to_look_at(h, images, classifier.classifier, data) if settings.probes else None
-    other = settings.evaluate_on
-    size = settings.evaluation_size or data.train_images.shape[-1]
-    return Evaluation(measured, h, looked, {"dataset": other, "size": size} if other else None)
+    return Evaluation(measured, h, looked)
 
 
 @torch.no_grad()
@@ -505,12 +531,13 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         title = "Fine-tuning, and the same network from scratch"
         fn.plot_curves(curves, "validation", folder / "finetuning.png", title)
     if ours.few_labels:
-        figures.plot_few_labels(few_labels(measured), len(h.classes), folder / "few_labels.png")
+        file, found = folder / "few_labels.png", few_labels(measured)
+        figures.plot_few_labels(found, len(h.classes), settings.held_out, file)
 
     stages, seed = settings.stages_list, settings.seed
     points = figures.tsne_map(h.test, seed) if {"tsne", "look", "explore"} & set(stages) else None
     if "tsne" in stages and points is not None:
-        title = "t-SNE of the test images' representations"
+        title = f"t-SNE of the {settings.held_out} images' representations"
         fn.plot_tsne(points, h.test_labels, h.classes, folder / "tsne.png", title)
     if "look" in stages and evaluation.looked is not None:
         look(evaluation.looked, points, seed, folder)

@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import functions as fn
-from contrastive.looking import Looked, nearest, one, some_of_each
+from contrastive.looking import Looked, nearest, some_of_each, thumbnail
 
 MOST = 3000  # dots of the map
 NEIGHBOURS = 6
 TILE = 32  # pixels of an image's side, at most
-BYTES = 5_500_000  # of all images together
+BYTES = 10_000_000  # of a page, at most
 
 # What a click shows. Names are data: they go through `plain`, and never become elements.
 SHOW_NEIGHBOURS = """
@@ -99,33 +98,29 @@ def explore(
     chosen = some_of_each(looked.h.test_labels, most, seed)
     found = nearest(looked.h.test[chosen], looked.h.train, NEIGHBOURS)
     neighbours, places = found.unique(return_inverse=True)  # each training image once
-    pictures = [one(looked.test, i) for i in chosen.tolist()]
-    pictures += [one(looked.train, i) for i in neighbours.tolist()]
-    sheet, columns = contact_sheet(pictures)
-    if len(sheet) > BYTES and most > 200:
-        explore(looked, points, title, seed, file, most // 2)
-        return
+    tiles = [thumbnail(looked.test, i, TILE) for i in chosen.tolist()]
+    tiles += [thumbnail(looked.train, i, TILE) for i in neighbours.tolist()]
+    sheet, columns = contact_sheet(tiles)
 
     page = layout(looked, points, (chosen, neighbours, places), columns)
-    whole = as_html(page, sheet, f"{fn.shown(title, 60)}: the map of the test images")
-    fn.write_atomically(file, whole.encode())
-    print(f"  page {file}: {len(chosen):,} test images, to be opened in a browser")
+    held_out = looked.h.held_out
+    heading = f"{fn.shown(title, 60)}: the map of the {held_out} images"
+    whole = as_html(page, sheet, heading).encode()
+    if len(whole) > BYTES and len(chosen) > 1:  # of pictures that hardly shrink, or of long names
+        explore(looked, points, title, seed, file, len(chosen) // 2)
+        return
+    fn.write_atomically(file, whole)
+    print(f"  page {file}: {len(chosen):,} {held_out} images, to be opened in a browser")
 
 
-def contact_sheet(images: list[Tensor]) -> tuple[bytes, int]:
-    """All images in one, row by row, as WebP; and how many stand in a row.
-
-    Each uint8 (3, H, W), brought to TILE pixels where it is larger.
-    """
-    side = min(TILE, images[0].shape[-1])
-    tiles = torch.stack(images).float()
-    if side != tiles.shape[-1]:
-        tiles = F.interpolate(tiles, (side, side), mode="bilinear", antialias=True)
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)))
-    sheet = tiles.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)  # (r, H, c, W, 3)
-    pixels = sheet.reshape(rows * side, columns * side, 3).round().clamp(0, 255).byte().numpy()
+def contact_sheet(tiles: list[Tensor]) -> tuple[bytes, int]:
+    """All tiles in one, row by row, as WebP; and how many stand in a row. Each uint8 (3, H, W)."""
+    side, count = tiles[0].shape[-1], len(tiles)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    whole = torch.stack([*tiles, *[torch.zeros_like(tiles[0])] * (rows * columns - count)])
+    sheet = whole.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)  # (r, H, c, W, 3)
+    pixels = sheet.reshape(rows * side, columns * side, 3).numpy()
     Image.fromarray(pixels).save(buffer := io.BytesIO(), format="WEBP", quality=70)
     return buffer.getvalue(), columns
 

@@ -35,7 +35,8 @@ class FewLabelsSettings(ProbeSettings):
     title: ClassVar[str] = "few labels"
 
     labels_per_class: int | str | None = None
-    """besides all labels, measure with few: so many per class, one number or several, as 1,4,25"""
+    """measure with few labels, too: so many per class, one number or several, as 1,4,25;
+    fine-tuning then takes these alone"""
     label_fractions: float | str | None = None
     """the same with a share of each class's labels, as 0.01,0.1"""
     label_seeds: int = 10

@@ -72,8 +72,10 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
 
 
 @fn.drawing
-def plot_few_labels(found: dict[str, list[FewLabels]], classes: int, file: Path) -> None:
-    """Test accuracy over labels per class: the mean over the draws, in a band of one deviation.
+def plot_few_labels(
+    found: dict[str, list[FewLabels]], classes: int, held_out: str, file: Path
+) -> None:
+    """Held-out accuracy over labels per class: the mean over the draws, in a band of one deviation.
 
     found: {representation: what it reached with each amount of labels}; a panel per method, a
     colour per representation. Where fine-tuned, the untrained encoder is trained from scratch.
@@ -97,7 +99,8 @@ def plot_few_labels(found: dict[str, list[FewLabels]], classes: int, file: Path)
             axis.plot(x, means, marker="o", markersize=4, color=f"C{color}", label=name)
             band = means - spread, means + spread
             axis.fill_between(x, *band, color=f"C{color}", alpha=0.2, linewidth=0)
-        axis.set(title=method, xlabel="labels per class", ylabel="test accuracy", xscale="log")
+        axis.set(title=method, xlabel="labels per class", xscale="log")
+        axis.set_ylabel(f"{held_out} accuracy")
         counts = sorted({few.images / classes for few in ours})
         axis.set_xticks(counts, [f"{count:,.3g}" for count in counts])
         axis.set_xticks([], minor=True)

@@ -147,12 +147,16 @@ class FineTuned:
         return {k: v for k, v in vars(self).items() if k not in ("predicted", "rows")}
 
 
-def classifier_head(start: nn.Linear, kind: str) -> nn.Module:
-    """What classifies h (B, D) -> (B, classes): the linear layer `start`, or as --finetune_head."""
-    if kind == "linear":
-        return copy.deepcopy(start).float()
-    width, classes = start.in_features, start.out_features
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, classes))
+def network(encoder: nn.Module, start: nn.Linear, kind: str) -> nn.Sequential:
+    """Images (B, 3, H, W) -> logits (B, classes): a copy of the encoder, and what classifies h, the
+    linear layer `start` or as --finetune_head says."""
+    head: nn.Module = copy.deepcopy(start).float()
+    if kind == "mlp":
+        width, classes = start.in_features, start.out_features
+        hidden = nn.Linear(width, width), nn.ReLU(inplace=True)
+        head = nn.Sequential(*hidden, nn.Linear(width, classes))
+    model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
+    return model.train().requires_grad_(True)  # a probe may have left the encoder frozen
 
 
 def finetune(
@@ -188,9 +192,7 @@ def finetune(
     torch.manual_seed(settings.seed)
     if scratch:
         first = nn.Linear(first.in_features, first.out_features)
-    head = classifier_head(first, settings.finetune_head)
-    model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
-    model.train().requires_grad_(True)  # a probe may have left the encoder frozen
+    model = network(encoder, first, settings.finetune_head)
     train, validation = batches(images, chosen, held_out, settings)
     epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train)))
     rate = settings.finetune_learning_rate * train.batch_size / 256

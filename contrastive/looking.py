@@ -17,6 +17,7 @@ from contrastive.probe import Features
 from functions import Subset
 
 RIGHT, WRONG = "tab:green", "tab:red"
+THUMBNAIL = 64  # pixels of a side, at most: TensorBoard lays all of them side by side in one image
 
 
 @dataclass
@@ -60,7 +61,10 @@ def some_of_each(labels: Tensor, most: int, seed: int) -> Tensor:
     """Up to `most` images, of each class about as large a share: indices int64 (M,), sorted."""
     if len(labels) <= most:
         return torch.arange(len(labels))
-    return fn.stratified_subset(labels, most / len(labels), seed)[:most]
+    chosen = fn.stratified_subset(labels, most / len(labels), seed)
+    # Of a hundred classes, rounding may have chosen some too many: of any class.
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+    return chosen[order[:most]].sort().values
 
 
 def worst_pairs(looked: Looked, classes: int = 3) -> list[tuple[int, int, int]]:
@@ -104,17 +108,19 @@ class Cell:
 
 
 def draw_grid(
-    rows: dict[str, list[Cell]], title: str, file: Path, after: Sequence[int] = ()
+    rows: dict[str, list[Cell | None]], title: str, file: Path, after: Sequence[int] = ()
 ) -> None:
-    """Draw rows of images with a name each; a gap after the columns of `after`."""
+    """Draw rows of images with a name each, None for none; a gap after the columns of `after`."""
     from matplotlib.patches import Rectangle
 
     columns = max(len(cells) for cells in rows.values())
-    names = [fn.plain(name, 40) for name in rows]
+    names = [fn.plain(name, 60) for name in rows]
     beside = 0.4 + 0.1 * max(map(fn.width, names))  # inches
     figure, axis = fn.new_figure(columns + beside, 1.25 * len(rows) + 0.6)
     for r, cells in enumerate(rows.values()):
         for c, cell in enumerate(cells):
+            if cell is None:
+                continue
             left = c + 0.4 * sum(c > place for place in after)
             box = (left, left + 0.92, 1.25 * r + 0.92, 1.25 * r)
             axis.imshow(cell.image.permute(1, 2, 0).numpy(), extent=box, interpolation="nearest")
@@ -143,54 +149,58 @@ def plot_neighbours(looked: Looked, seed: int, file: Path, most: int = 10, k: in
     queries = fn.per_class_subset(h.test_labels, 1, seed)
     queries = queries[h.test_labels[queries].argsort()][:most]
     found = nearest(h.test[queries], h.train, k)
-    rows: dict[str, list[Cell]] = {}
+    rows: dict[str, list[Cell | None]] = {}
     for i, row in zip(queries.tolist(), found.tolist(), strict=True):
         label = int(h.test_labels[i])
-        cells = [Cell(one(looked.test, i))]
+        cells: list[Cell | None] = [Cell(one(looked.test, i))]
         for j in row:
             other = int(h.train_labels[j])
             same = other == label
             words = "" if same else h.classes[other]
             cells.append(Cell(one(looked.train, j), RIGHT if same else WRONG, words))
         rows[h.classes[label]] = cells
-    draw_grid(rows, "Test images (left) and their nearest training images", file, after=[0])
+    title = f"{h.held_out.capitalize()} images (left) and their nearest training images"
+    draw_grid(rows, title, file, after=[0])
 
 
 @fn.drawing
 def plot_confused(looked: Looked, file: Path, most: int = 10) -> None:
     """For the three worst classes, the images that are most surely taken for another class."""
     h, predicted = looked.h, looked.predicted
-    rows: dict[str, list[Cell]] = {}
+    rows: dict[str, list[Cell | None]] = {}
     for label, other, count in worst_pairs(looked):
         mistaken = ((h.test_labels == label) & (predicted == other)).nonzero().flatten()
         surest = mistaken[looked.probabilities[mistaken, other].argsort(descending=True)][:most]
         total = int((h.test_labels == label).sum())
-        cells = [
+        names = (fn.shown(h.classes[name], 16) for name in (label, other))
+        rows[f"{', taken for '.join(names)}: {count} of {total}"] = [
             Cell(one(looked.test, i), words=f"{looked.probabilities[i, other]:.0%} sure")
             for i in surest.tolist()
         ]
-        names = fn.plain(h.classes[label], 12), fn.plain(h.classes[other], 12)
-        rows[f"{names[0]}, taken for {names[1]}: {count} of {total}"] = cells
     if rows:
         draw_grid(rows, "What the worst three classes are taken for", file)
     else:
-        print("no confused pairs: no test image is mistaken")
+        print(f"no confused pairs: no {h.held_out} image is mistaken")
 
 
 @fn.drawing
 def plot_typical(looked: Looked, file: Path, most: int = 20, each: int = 6) -> None:
     """The most typical and the oddest test images of each class, of up to `most` classes."""
     h = looked.h
-    rows: dict[str, list[Cell]] = {}
+    rows: dict[str, list[Cell | None]] = {}
+    each = min(each, (int(h.test_labels.bincount().max()) + 1) // 2)
     for label in h.test_labels.unique().tolist()[:most]:
         members = (h.test_labels == label).nonzero().flatten()
         order = members[typical(h.test[members])].tolist()
-        count = min(each, len(order) // 2) or 1
-        chosen = order[:count] + order[-count:][::-1]
-        rows[h.classes[label]] = [Cell(one(looked.test, i)) for i in chosen]
+        half = (len(order) + 1) // 2  # no image is both typical and odd
+        row: list[Cell | None] = [None] * (2 * each)
+        for c, i in enumerate(order[:half][:each]):
+            row[c] = Cell(one(looked.test, i))
+        for c, i in enumerate(order[half:][::-1][:each]):
+            row[each + c] = Cell(one(looked.test, i))
+        rows[h.classes[label]] = row
     title = "Most typical of its class (left half), and oddest (right half, the oddest first)"
-    halves = max(len(cells) for cells in rows.values()) // 2
-    draw_grid(rows, title, file, after=[halves - 1])
+    draw_grid(rows, title, file, after=[each - 1])
 
 
 def one(images: Tensor | Subset, i: int) -> Tensor:
@@ -198,20 +208,28 @@ def one(images: Tensor | Subset, i: int) -> Tensor:
     return images[i : i + 1][0]
 
 
+def thumbnail(images: Tensor | Subset, i: int, side: int) -> Tensor:
+    """The same, brought to `side` pixels if it is larger: uint8 (3, side, side)."""
+    image = one(images, i)
+    if image.shape[-1] <= side:
+        return image
+    size = side, side
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
 @fn.drawing
 def plot_errors(points: np.ndarray, looked: Looked, file: Path) -> None:
     """The map of the test images, points (N, 2): where the probe is wrong."""
-    right = looked.right.numpy()
+    right, size = looked.right.numpy(), fn.dot_size(len(points))
     figure, axis = fn.new_figure(7, 6)
-    for chosen, color, size, name in (
-        (right, "lightgrey", 4, "right"),
-        (~right, WRONG, 6, "wrong"),
-    ):
+    for chosen, color, name in ((right, "lightgrey", "right"), (~right, WRONG, "wrong")):
         label = f"{name}: {chosen.sum():,}"
         axis.scatter(*points[chosen].T, s=size, color=color, label=label, linewidths=0)
-    axis.set(title="t-SNE of the test images: where the linear probe errs", xticks=[], yticks=[])
+    title = f"t-SNE of the {looked.h.held_out} images: where the linear probe errs"
+    axis.set(title=title, xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    axis.legend(frameon=False)
+    for handle in axis.legend(frameon=False).legend_handles:
+        handle.set(sizes=[40])
     fn.save_figure(figure, file)
 
 
@@ -222,6 +240,7 @@ def write_projector(looked: Looked, seed: int, folder: Path, most: int = 2000) -
 
     h = looked.h
     chosen = some_of_each(h.test_labels, most, seed)
+    thumbnails = torch.stack([thumbnail(looked.test, i, THUMBNAIL) for i in chosen.tolist()])
     names = [fn.shown(name) for name in h.classes]
     predicted = looked.predicted
     rows: list[Any] = [
@@ -233,7 +252,7 @@ def write_projector(looked: Looked, seed: int, folder: Path, most: int = 2000) -
             h.test[chosen],
             metadata=rows,
             metadata_header=["class", "predicted", "file"],
-            label_img=looked.test[chosen] / 255,
+            label_img=thumbnails / 255,
             tag="h",
         )
     print(f"  TensorBoard's projector: tensorboard --logdir {folder}")

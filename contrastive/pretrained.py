@@ -127,8 +127,13 @@ def load_normalize(file: Path) -> fn.Normalize | None:
     return None
 
 
-def normalize_of(file: Path) -> fn.Normalize | None:
-    """How the encoder of --checkpoint was shown its images; says so if there is no record of it."""
+def load_trained(model: Any, file: Path, head: bool = False) -> fn.Normalize | None:
+    """Load the encoder of a SimCLRModel, or with its head the whole of it; how it was shown its
+    images, and says so if there is no record of that. Raises UserError."""
+    if head:
+        load_model(model, file)
+    else:
+        load_encoder(model.encoder, file)
     normalize = load_normalize(file)
     if normalize is None:
         print(f"there is no record of how {file} saw its images: by this set's own statistics")

@@ -103,7 +103,7 @@ def flat_files(folder: Path) -> list[str]:
     return files
 
 
-def class_files(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+def class_files(folder: Path, flag: str = "--dataset") -> dict[str, tuple[list[str], list[str]]]:
     """{split: (its files, the class of each)} of folder/train/<class>/ and folder/test/<class>/.
 
     Classes in normal form: of two folders whose names differ in form alone, the images are one
@@ -121,7 +121,7 @@ def class_files(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         beside = [entry for entry in there if not entry.is_dir()]
         classes = [entry for entry in there if entry.is_dir()]
         files = walk.files({entry.path: normal(entry.name) for entry in classes})
-        check(bool(files), f"--dataset: no images in {folder / split}/<class>/")
+        check(bool(files), f"{flag}: no images in {folder / split}/<class>/")
 
         found[split] = [path for path, _ in files], [name for _, name in files]
         left_out += [*(entry.path for entry in beside), *walk.left_out]

@@ -105,13 +105,18 @@ class ImageDataset:
 
 
 def load_dataset(
-    name: str, data_dir: str | Path = "data", image_size: int | None = None
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    *,
+    folder_size: int = 32,
+    flag: str = "--dataset",
 ) -> ImageDataset:
     """Load a data set by name, or a folder of images.
 
-    Images are made square, `image_size` pixels a side: unless given 32 for a folder, and their own
-    for the others. CIFAR-10, -100 and STL-10 are downloaded into `data_dir` when they are not
-    there. Raises UserError.
+    Images are made square, `image_size` pixels a side: unless given `folder_size` for a folder, and
+    their own for the others. CIFAR-10, -100 and STL-10 are downloaded into `data_dir` when they are
+    not there. Raises UserError, which names the flag.
     """
     if name == "digits":
         return at_size(load_digits(), image_size, Path(data_dir))
@@ -119,15 +124,15 @@ def load_dataset(
     if name in ("cifar10", "cifar100", "stl10"):
         try:
             with locked(Path(data_dir)):  # two processes must not download it at once
-                data = download(name, Path(data_dir))
+                data = download(name, Path(data_dir), flag)
         except OSError as error:
             problem = f"--data_dir {data_dir} cannot be used ({error.strerror})"
             raise UserError(f"{problem}: name another folder") from None
         return at_size(data, image_size, Path(data_dir))
 
     known = "cifar10, cifar100, stl10, digits"
-    check(Path(name).is_dir(), f"--dataset {name}: no such folder, and not one of {known}")
-    return load_folder(Path(name), Path(data_dir), image_size or 32)
+    check(Path(name).is_dir(), f"{flag} {name}: no such folder, and not one of {known}")
+    return load_folder(Path(name), Path(data_dir), image_size or folder_size, flag)
 
 
 def at_size(data: ImageDataset, size: int | None, data_dir: Path) -> ImageDataset:
@@ -164,7 +169,7 @@ def load_digits() -> ImageDataset:
     )
 
 
-def download(name: str, data_dir: Path) -> ImageDataset:
+def download(name: str, data_dir: Path, flag: str = "--dataset") -> ImageDataset:
     """A set that torchvision downloads. Raises UserError that says where to put its archive."""
     import socket
 
@@ -178,8 +183,8 @@ def download(name: str, data_dir: Path) -> ImageDataset:
     except Exception as error:  # of the network, the disk, or a damaged archive
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--dataset {name} is not in {data_dir} and could not be downloaded ({reason}): put "
-            f"{archive} into {data_dir}, or run without a download: --dataset digits"
+            f"{flag} {name} is not in {data_dir} and could not be downloaded ({reason}): put "
+            f"{archive} into {data_dir}, or run without a download: {flag} digits"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -225,19 +230,19 @@ def load_stl10(data_dir: Path) -> ImageDataset:
     )
 
 
-def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
+def load_folder(folder: Path, data_dir: Path, size: int, flag: str = "--dataset") -> ImageDataset:
     """The user's own images: train/<class>/* and test/<class>/*, or images alone (no classes)."""
     name = str(folder)
     if not (folder / "train").is_dir():
         files = flat_files(folder)
         problem = "has neither images in it nor a folder train/<class>/ with images"
-        check(bool(files), f"--dataset {folder} {problem}")
+        check(bool(files), f"{flag} {folder} {problem}")
         print(f"{folder}: {len(files):,} images without classes (it has no folder train/)")
         images, pixels = decode(folder, files, data_dir, size)
         called = {"train": within(folder, files)}
         return ImageDataset(name, images, None, None, None, (), pixels=pixels, files=called)
 
-    splits = class_files(folder)
+    splits = class_files(folder, flag)
     counts = (count_line(split, names) for split, (_, names) in splits.items())
     print(f"{folder}: {'; '.join(counts)}")
     files, names = splits["train"]
@@ -252,7 +257,7 @@ def load_folder(folder: Path, data_dir: Path, size: int) -> ImageDataset:
     # test/ may lack some of train/'s classes: its labels are to count all of them.
     test_files, test_names = splits["test"]
     unknown = ", ".join(sorted(set(test_names) - set(classes)))
-    check(not unknown, f"--dataset {folder}: test/ has classes that train/ lacks: {unknown}")
+    check(not unknown, f"{flag} {folder}: test/ has classes that train/ lacks: {unknown}")
     test_labels = numbered(test_names, classes)
     images, pixels = decode(folder, files + test_files, data_dir, size)
     about = {"pixels": pixels, "files": paths}

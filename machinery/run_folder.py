@@ -22,10 +22,11 @@ from machinery import files
 from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
 from machinery.devices import gpu_record, started_together
-from machinery.errors import CannotWrite, TimeIsUp, UserError, check
+from machinery.errors import CannotWrite, TimeIsUp, UserError
 from machinery.files import check_output_dir, locked, write_atomically
 
 EARLIER = "previous-results.json"
+UNFINISHED = ".unfinished"  # there from the start of a run until its last figure is drawn
 
 
 class Run:
@@ -47,39 +48,50 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether this resumes a run that had come to its end, unchanged; says so."""
-        if self.config.resume is None or not (self.folder / "results.json").is_file():
+        there = (self.folder / "results.json").is_file()
+        if self.config.resume is None or not there or (self.folder / UNFINISHED).exists():
             return False
         before = load_config(type(self.config), self.folder / "config.yaml")
         # Compared as settings, not as text: an older file may lack what is newer.
-        free = set(self.config.free_on_resume) - {"dataset"}
+        free = set(self.config.free_on_resume) - {"dataset", "evaluate_on"}
         before = replace(before, **{name: getattr(self.config, name) for name in free})
         if as_yaml(before) != as_yaml(self.config):
             return False
         print(f"{self.folder} is finished: its results are in {self.folder}/results.json")
         return True
 
-    def is_about(self, data: dict[str, Any]) -> None:
+    def is_about(self, data: dict[str, Any], flag: str = "dataset") -> None:
         """Note the data of this run, or check that they are the ones it began with.
 
-        data: its `fingerprint`, and what else there is to say. What was learned from other images
-        is worth nothing here, and may not even fit. Raises UserError.
+        data: its `fingerprint`, and what else there is to say; flag: what names it. Of what another
+        flag names, the same stands under that flag's name. What was learned from other images is
+        worth nothing here, and may not even fit. Raises UserError.
         """
         self.data = data
         if self.config.resume is None or not is_first_process(self.config):
             return
         try:
             began_with = json.loads((self.folder / "data.json").read_text("utf-8"))
-            same = began_with["fingerprint"] == data["fingerprint"]
+            pairs = {flag: (began_with, data)}
+            for name, other in data.items():
+                if isinstance(other, dict):  # which was the same set if nothing was noted of it
+                    pairs[name] = began_with.get(name, began_with), other
+            changed = {
+                name: difference(then, now)
+                for name, (then, now) in pairs.items()
+                if then["fingerprint"] != now["fingerprint"]
+            }
         except (OSError, ValueError, KeyError):
             if not any(self.folder.rglob("*.ckpt")) and not (self.folder / "study.db").is_file():
                 return  # it was interrupted before it learned anything
             problem = f"{self.folder} has no record of its data, as it is of an earlier version"
-            doubt = f"take care that {self.config.dataset} holds the same images"
+            doubt = f"take care that {getattr(self.config, flag)} holds the same images"
             print(f"warning: {problem}: {doubt}", file=sys.stderr)
             return
-        problem = f"--resume {self.folder}: --dataset {self.config.dataset} is not what it was"
-        remedy = "put it back, name a copy with --dataset, or start a new run"
-        check(same, f"{problem} ({difference(began_with, data)}): {remedy}")
+        for name, how in changed.items():
+            problem = f"--{name} {getattr(self.config, name)} is not what it was ({how})"
+            remedy = f"put it back, name a copy with --{name}, or start a new run"
+            raise UserError(f"--resume {self.folder}: {problem}: {remedy}")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Path]:
@@ -114,9 +126,11 @@ class Run:
                 raise TimeIsUp(self.how_to_go_on()) from None
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(self.how_to_go_on()) from None
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
 
     def prepare(self) -> None:
         """Clear what an earlier session left unfinished or outdated, and save the configuration."""
+        (self.folder / UNFINISHED).touch()
         for leftover in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
             leftover.unlink()
         # An earlier end's results are not this one's, but they are kept until there are new ones.

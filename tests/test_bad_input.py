@@ -117,6 +117,8 @@ def bad_place(tmp_path_factory):
 
 
 DIGITS = ["--dataset", "digits"]
+LATER = [*DIGITS, "--checkpoint", "text.pt", "--stages"]
+OTHER_SET = ["--evaluate_on", "digits"]
 KNN = [*DIGITS, "--stages", "knn", "--checkpoint"]
 Z = ["--probe_layer", "1"]
 FEW = ["--label_fraction", "0.1"]
@@ -161,6 +163,9 @@ BAD = [
     (SIMCLR, [*DIGITS, "--finetune_steps", "0"], "--finetune_steps", "at least 1"),
     (SIMCLR, [*DIGITS, "--finetune_head", "deep"], "--finetune_head", "mlp"),
     (SIMCLR, [*DIGITS, "--evaluate_on", "nowhere"], "--evaluate_on nowhere", "no such folder"),
+    (SIMCLR, [*LATER, "finetune", "--probe_layer", "1"], "--probe_layer", "finetune"),
+    (SIMCLR, [*LATER, "knn", *OTHER_SET, "--recalibrate"], "--recalibrate", "--evaluate_on"),
+    (SIMCLR, [*LATER, "knn", "--devices", "2"], "--devices", "pretrain"),
     (SIMCLR, [*DIGITS, "--evaluate_on", "noimages"], "--evaluate_on", "no images"),
     (SIMCLR, [*DIGITS, "--evaluate_on", "oneclass"], "--evaluate_on oneclass", "needs two"),
     (SIMCLR, [*DIGITS, "--encoder", "vgg"], "--encoder", "resnet18"),
@@ -320,7 +325,8 @@ def test_bad_input_is_one_line_and_changes_nothing(
     after = {path: path.read_bytes() for path in bad_place.rglob("*") if path.is_file()}
     assert before.items() <= after.items()
 
-    new = [path for path in after.keys() - before.keys() if path.name != ".lock"]
+    marks = (".lock", ".unfinished")
+    new = [path for path in after.keys() - before.keys() if path.name not in marks]
     assert all("data/cache" in str(path) for path in new), "decoded images may be kept"
 
 

@@ -1,6 +1,7 @@
 """Looking at what was learned, features to take away, and measuring on another set."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 import functions as fn
 import simCLR
-from contrastive import figures, looking
+from contrastive import evaluation, figures, looking
 from contrastive.looking import Cell, Looked
 from contrastive.probe import Features
 
@@ -69,6 +70,62 @@ def test_some_of_each_class_stand_for_all():
     chosen = looking.some_of_each(labels, 100, seed=0)
     assert labels[chosen].bincount().tolist() == [60, 40]
     assert torch.equal(looking.some_of_each(labels, 1000, 0), torch.arange(1000))
+
+
+def test_of_too_many_classes_no_class_is_always_left_out():
+    """One of each of 30 would be too many: which 10 they are is drawn."""
+    labels = torch.arange(30).repeat(2)
+    draws = [looking.some_of_each(labels, 10, seed) for seed in range(20)]
+    assert all(len(chosen) == 10 for chosen in draws)
+    assert len(labels[torch.cat(draws)].unique()) > 25
+
+
+def test_no_image_is_both_typical_and_odd_in_classes_of_any_size(monkeypatch, tmp_path):
+    """Classes of 1, 3 and 20 images: typical ones stand in the left half, odd ones in the right."""
+    labels = [0] + [1] * 3 + [2] * 20
+    seen = looked(labels, labels)
+    seen.test = torch.arange(24).view(24, 1, 1, 1).expand(24, 3, 8, 8).to(torch.uint8)
+    grids = []
+    monkeypatch.setattr(looking, "draw_grid", lambda *a, **k: grids.append((a[0], k["after"])))
+    looking.plot_typical(seen, tmp_path / "x.png")
+    ((rows, after),) = grids
+    assert after == [5]
+    for row, first, size in zip(rows.values(), (0, 1, 4), (1, 3, 20), strict=True):
+        shown = [None if cell is None else int(cell.image[0, 0, 0]) for cell in row]
+        order = looking.typical(seen.h.test[first : first + size]) + first
+        left, right = min(6, (size + 1) // 2), min(6, size // 2)
+        assert shown[:left] == order[:left].tolist()
+        assert shown[6 : 6 + right] == order.flip(0)[:right].tolist()
+        assert set(shown[left:6] + shown[6 + right :]) <= {None}
+
+
+def test_what_lies_on_a_sheet_is_small(tmp_path):
+    """A sheet of large images would be too large to show."""
+    labels = [0, 1, 2]
+    seen = looked(labels, labels)
+    seen.test = torch.randint(0, 256, (3, 3, 300, 300)).to(torch.uint8)
+    small = looking.thumbnail(seen.test, 1, 64)
+    assert (small.shape, small.dtype) == ((3, 64, 64), torch.uint8)
+    expected = torch.nn.functional.interpolate(
+        seen.test[1:2].float(), (64, 64), mode="bilinear", antialias=True
+    )
+    assert (small - expected[0]).abs().max() <= 1.0  # it is rounded
+    assert torch.equal(looking.thumbnail(seen.test, 1, 300), seen.test[1])
+
+    looking.write_projector(seen, 0, tmp_path)
+    (sheet,) = tmp_path.rglob("sprite.png")
+    with Image.open(sheet) as image:
+        assert image.size == (128, 128)
+
+
+def test_a_dollar_sign_is_written_as_one(monkeypatch, tmp_path):
+    """A name goes through what makes it plain once."""
+    written = []
+    monkeypatch.setattr(fn, "save_figure", lambda figure, _: written.append(figure))
+    looking.plot_confused(looked([0, 0, 1], [1, 1, 1], ("a$", "b$")), tmp_path / "x.png")
+    (axis,) = written[0].axes
+    (name,) = [label.get_text() for label in axis.get_yticklabels()]
+    assert name == r"a\$, taken for b\$: 2 of 2"
 
 
 def test_right_neighbours_are_framed_and_wrong_ones_named(monkeypatch, tmp_path):
@@ -235,7 +292,10 @@ def test_transfer_shows_another_set_as_the_encoder_has_seen_its_own(
     assert (done.returncode, done.stderr) == (0, "")
     assert set(seen) == {(3, 12, 12)}
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["evaluated_on"] == {"dataset": "digits", "size": 12}
+    assert results["evaluated_on"] == results["dataset"] == "digits"
+    assert results["shown"]["size"] == 12
+    recorded = json.loads((pretrained / "results.json").read_text())["pretrain"]["normalize"]
+    assert results["shown"]["normalize"] == recorded
     assert set(results["baselines"]) == {"raw_pixels", "untrained_encoder"}
     assert results["data"]["classes"] == list("0123456789")
     assert results["probe"]["test_accuracy"] > 0.3
@@ -248,8 +308,113 @@ def test_pretraining_and_transfer_in_one_run_know_both_sets(image_folder, run_he
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads((tmp_path / "out/data.json").read_text())
     assert record["classes"] == ["blue", "green", "red"]
-    assert record["evaluated_on"]["classes"] == list("0123456789")
-    assert record["evaluated_on"]["fingerprint"] in record["fingerprint"]
+    assert record["evaluate_on"]["classes"] == list("0123456789")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["dataset"], results["evaluated_on"]) == (str(image_folder), "digits")
+
+    # Each set is known again, by its own flag, wherever it lies by now.
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (other / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(other / part / name / "1.png")
+    (tmp_path / "out/.unfinished").touch()
+    done = run_here("simCLR.py", "--resume", "out", "--evaluate_on", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--evaluate_on other is not what it was" in done.stderr
+    done = run_here("simCLR.py", "--resume", "out", "--dataset", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--dataset other is not what it was" in done.stderr
+    done = run_here("simCLR.py", "--resume", "out", "--evaluate_on", "digits", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_that_is_moved_is_measured_on_again(image_folder, pretrained, run_here, tmp_path):
+    flags = ["--checkpoint", pretrained, "--stages", "knn", "--evaluate_on", image_folder]
+    flags += ["--knn_k", 5, "--no-baselines", "--output_dir", "out"]
+    assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
+    before = json.loads((tmp_path / "out/results.json").read_text())
+    copy = shutil.copytree(image_folder, tmp_path / "copy")
+    done = run_here("simCLR.py", "--resume", "out", "--evaluate_on", copy, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = json.loads((tmp_path / "out/results.json").read_text())
+    assert again["knn"] == before["knn"]
+    (copy / "test/red/000.png").unlink()
+    (tmp_path / "out/.unfinished").touch()
+    done = run_here("simCLR.py", "--resume", "out", "--evaluate_on", copy, cwd=tmp_path)
+    assert "--evaluate_on" in done.stderr
+    assert "test images 23 instead of 24" in done.stderr
+
+
+def test_another_folder_is_read_as_large_as_the_encoder_is_shown_it(
+    image_folder, pretrained, run_here, tmp_path, monkeypatch
+):
+    """Neither shrunk to 32 pixels and enlarged again, nor the other way round."""
+    sizes = []
+
+    def note(*args, **kwargs):
+        sizes.append((data := original(*args, **kwargs)).train_images.shape[-1])
+        return data
+
+    original = fn.load_dataset
+    monkeypatch.setattr(fn, "load_dataset", note)
+    flags = ["--checkpoint", pretrained, "--stages", "features", "--evaluate_on", image_folder]
+    for more in ([], ["--evaluation_size", 20], ["--image_size", 16, "--evaluation_size", 20]):
+        folder = tmp_path / str(len(sizes))
+        assert run_here("simCLR.py", *flags, *more, "--output_dir", folder, cwd=tmp_path)[0] == 0
+        results = json.loads((folder / "results.json").read_text())
+        assert results["shown"]["size"] == (20 if more else 8)
+        assert results["evaluated_on"] == results["dataset"] == str(image_folder)
+    assert sizes == [8, 20, 16]
+
+
+def test_the_same_set_under_another_name_is_one_set(image_folder, tmp_path):
+    """What is held out of it must not be pretrained on."""
+    there = tmp_path / "link"
+    there.symlink_to(image_folder)
+    config = simCLR.Config(
+        dataset=str(image_folder), evaluate_on=str(there), data_dir=str(tmp_path), image_size=8,
+        validation_fraction=0.2,
+    )  # fmt: skip
+    sets = evaluation.load_sets(config).ready(config)
+    assert not sets.differ
+    assert len(sets.learned.train_images) == 240
+    other = simCLR.Config(
+        dataset=str(image_folder), evaluate_on="digits", data_dir=str(tmp_path), image_size=8,
+        validation_fraction=0.2,
+    )  # fmt: skip
+    sets = evaluation.load_sets(other).ready(other)
+    assert sets.differ
+    assert len(sets.learned.train_images) == 300
+
+
+def test_one_image_has_features(pretrained, run_here, tmp_path):
+    png = tmp_path / "one/1.png"
+    png.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(png)
+    flags = ["--checkpoint", pretrained, "--stages", "features", "--evaluate_on", "one"]
+    done = run_here("simCLR.py", *flags, "--output_dir", "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.load(tmp_path / "out/features.npz")["h"].shape == (1, 512)
+
+
+def test_what_is_only_looked_at_costs_the_baselines_no_probe(
+    image_folder, pretrained, run_here, tmp_path, monkeypatch
+):
+    fitted = []
+
+    def note(features, *rest):
+        fitted.append(features.train.shape[1])
+        return original(features, *rest)
+
+    original = evaluation.probe
+    monkeypatch.setattr(evaluation, "probe", note)
+    flags = ["--checkpoint", pretrained, "--evaluate_on", image_folder, "--probe", "lbfgs"]
+    for stages, widths in (("look", [512]), ("knn,look", [512]), ("probe", [192, 512, 512])):
+        fitted.clear()
+        more = ["--stages", stages, "--knn_k", 5, "--output_dir", stages]
+        assert run_here("simCLR.py", *flags, *more, cwd=tmp_path).returncode == 0
+        assert fitted == widths
 
 
 def test_what_cannot_be_measured_on_is_refused_before_any_work(pretrained, run_here, tmp_path):

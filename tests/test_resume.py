@@ -28,6 +28,8 @@ SHORT = {
         *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64],
         *["--accelerator", "cpu", "--precision", "fp32", "--checkpoint_every", 0],
         *["--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
+        *["--stages", "pretrain,knn,probe,finetune,tsne", "--finetune_epochs", 3],
+        *["--finetune_steps", 1, "--finetune_batch_size", 64],
     ],
     "rnn.py": [
         *["--epochs", 12, "--image_size", 8, "--batch_size", 8],
@@ -199,6 +201,35 @@ def test_a_finished_run_says_so_and_is_left_alone(short_rnn, run_here):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "out is finished: its results are in out/results.json\n"
     assert contents(short_rnn) == before
+
+
+def test_a_run_that_ended_while_it_drew_draws_again(image_folder, run_here, tmp_path, monkeypatch):
+    """Its numbers are there, its last figures are not: it is not finished."""
+    flags = ["--dataset", image_folder, *SHORT["rnn.py"][:6], "--epochs", 1, "--output_dir", "out"]
+    monkeypatch.setattr(fn, "plot_confusion_matrix", interrupt := Interrupting())
+    done = run_here("rnn.py", *flags, cwd=tmp_path)
+    assert done.returncode != 0
+    assert interrupt.called
+    before = json.loads((tmp_path / "out/results.json").read_text())
+    assert not (tmp_path / "out/confusion_matrix.png").exists()
+
+    monkeypatch.undo()
+    done = run_here("rnn.py", "--resume", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is finished" not in done.stdout
+    assert (tmp_path / "out/confusion_matrix.png").is_file()
+    assert timeless(json.loads((tmp_path / "out/results.json").read_text())) == timeless(before)
+    assert "is finished" in run_here("rnn.py", "--resume", "out", cwd=tmp_path).stdout
+
+
+class Interrupting:
+    """Stands in for what is killed: Ctrl-C."""
+
+    called = False
+
+    def __call__(self, *args, **kwargs):
+        self.called = True
+        raise KeyboardInterrupt
 
 
 def test_raised_epochs_give_what_as_many_at_once_give(short_rnn, image_folder, run_here):

@@ -22,6 +22,7 @@ from torchvision.models import resnet18
 
 import functions as fn
 import simCLR
+from contrastive.pretrained import load_encoder
 
 COMMON = {
     *("script", "dataset", "data", "seed", "device", "precision", "threads"),
@@ -50,7 +51,7 @@ def simclr_run(image_folder, run, tmp_path_factory):
 def test_simclr_leaves_the_documented_run_folder(simclr_run):
     out, _ = simclr_run
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == COMMON | {"pretrain", "baselines", "knn", "probe"}
+    assert set(results) == COMMON | {"pretrain", "shown", "baselines", "knn", "probe"}
 
     wanted = {"epochs", "steps", "seconds", "pairs_per_second", "final_loss", "normalize"}
     wanted |= {"views", "images_seen", "macs_per_image", "macs"}
@@ -90,7 +91,7 @@ def test_encoder_file_loads_into_torchvision(simclr_run):
     encoder.fc = torch.nn.Identity()
     encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
     ours, _ = simCLR.build_encoder("resnet18", "imagenet")
-    simCLR.load_encoder(ours, out / "encoder.pt")
+    load_encoder(ours, out / "encoder.pt")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(encoder.eval()(x), ours.eval()(x))
 

@@ -15,6 +15,7 @@ from torchvision import models
 import functions as fn
 import simCLR
 from contrastive import augmentation, signals
+from contrastive.pretrained import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
@@ -250,7 +251,7 @@ def test_pretraining_learns_and_its_checkpoint_gives_the_encoder(tmp_path):
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     fresh, _ = simCLR.build_encoder("resnet18", "cifar")
-    simCLR.load_encoder(fresh, tmp_path / "last.ckpt")
+    load_encoder(fresh, tmp_path / "last.ckpt")
     assert_same_bits(fresh, encoder.state_dict())
 
 
@@ -274,7 +275,7 @@ def test_encoder_pt_gives_back_the_same_bits(encoder, tmp_path):
     fn.save_torch(tmp_path / "encoder.pt", state)
     with torch.no_grad():
         encoder[0].weight.zero_()
-    simCLR.load_encoder(encoder, tmp_path / "encoder.pt")
+    load_encoder(encoder, tmp_path / "encoder.pt")
     assert_same_bits(encoder, state)
 
 
@@ -283,13 +284,13 @@ def test_a_lightning_checkpoint_gives_the_encoder_without_the_head(encoder, tmp_
     head = {"model.projection_head.0.weight": torch.zeros(3, 8), "normalize.mean": torch.zeros(3)}
     whole = {f"model.encoder.{name}": value for name, value in state.items()} | head
     torch.save({"epoch": 3, "state_dict": whole}, tmp_path / "last.ckpt")
-    simCLR.load_encoder(encoder, tmp_path / "last.ckpt")
+    load_encoder(encoder, tmp_path / "last.ckpt")
     assert_same_bits(encoder, state)
 
 
 def test_a_missing_checkpoint_is_named(encoder, tmp_path):
     with pytest.raises(fn.UserError, match=r"--checkpoint .*nowhere\.pt: no such file"):
-        simCLR.load_encoder(encoder, tmp_path / "nowhere.pt")
+        load_encoder(encoder, tmp_path / "nowhere.pt")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "zeros"])
@@ -305,7 +306,7 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing(encoder, tmp_path, da
     }
     file.write_bytes(contents[damage])
     with pytest.raises(fn.UserError, match=r"--checkpoint .*encoder\.pt is damaged"):
-        simCLR.load_encoder(encoder, file)
+        load_encoder(encoder, file)
     assert_same_bits(encoder, state)
 
 
@@ -328,7 +329,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(encoder, 
     file, state = tmp_path / "other.pt", cloned_state(encoder)
     torch.save(value, file)
     with pytest.raises(fn.UserError, match="--checkpoint"):
-        simCLR.load_encoder(encoder, file)
+        load_encoder(encoder, file)
     assert_same_bits(encoder, state)
 
 
@@ -338,7 +339,7 @@ def test_the_other_stem_is_refused(tmp_path):
 
     encoder, _ = simCLR.build_encoder("resnet18", "cifar")
     with pytest.raises(fn.UserError, match="--encoder, --stem and --norm"):
-        simCLR.load_encoder(encoder, tmp_path / "encoder.pt")
+        load_encoder(encoder, tmp_path / "encoder.pt")
 
 
 class Intruder:
@@ -358,7 +359,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(encoder, tmp_path, 
     file, folder = tmp_path / "encoder.pt", tmp_path / "made by the pickle"
     save({"0.weight": Intruder(folder)}, file)
     with pytest.raises(fn.UserError, match="damaged, or no checkpoint"):
-        simCLR.load_encoder(encoder, file)
+        load_encoder(encoder, file)
     assert not folder.exists()
     torch.load(file, weights_only=False) if save is torch.save else pickle.loads(file.read_bytes())
     assert folder.exists()  # it would have run
