@@ -628,6 +628,8 @@ def main(config: Config) -> None:
     run.is_about(sets.description(), "evaluate_on" if file and config.evaluate_on else "dataset")
     sets = sets.ready(config)
     config, data = at_learned_size(config, sets, file), sets.learned
+    if config.finetune_flip is None:
+        config = replace(config, finetune_flip=config.flip)
     check_data(data, config)
 
     torch.manual_seed(config.seed)

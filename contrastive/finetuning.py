@@ -41,8 +41,9 @@ class FineTuningSettings(fn.LongRun):
     finetune_head: Literal["linear", "mlp"] = "linear"
     """what classifies h: a linear layer, which begins as the linear probe, or one with a hidden
     layer as wide as h before it"""
-    finetune_flip: float = 0.5
-    """probability of a horizontal flip in fine-tuning: 0 where left and right matter"""
+    finetune_flip: float | None = None
+    """probability of a horizontal flip in fine-tuning (as in pretraining unless given): 0 where
+    left and right matter"""
 
     def validate(self) -> None:
         super().validate()
@@ -198,7 +199,7 @@ def finetune(
     rate = settings.finetune_learning_rate * train.batch_size / 256
     rates = rate, (rate if scratch else rate * settings.finetune_encoder_rate)
     parts = train, validation or train
-    total, flip = epochs * len(train), settings.finetune_flip
+    total, flip = epochs * len(train), settings.finetune_flip or 0.0
     module = FineTuning(model, see, parts, rates, total, flip, pretrained=not scratch)
 
     log = fn.EpochLog(folder / "metrics.csv", quiet=keep is None)

@@ -17,6 +17,7 @@ from functions import UserError, check
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
 ARCHITECTURE = ("encoder", "stem", "norm", "activation")
+AS_BEFORE = ("flip",)  # of the views, which are not needed again: what was a mirror image then
 HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm")
 
 
@@ -45,7 +46,7 @@ def run_of(file: Path) -> Path | None:
 
 
 def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
-    """The configuration with the architecture that the run of a checkpoint had.
+    """The configuration with the architecture that the run of a checkpoint had, and its flips.
 
     head: of its head, too. Raises UserError where a flag says otherwise.
     """
@@ -61,6 +62,8 @@ def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
         given, default = getattr(config, name), getattr(type(config), name)
         problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
         check(given in (value, default), f"{problem}: leave it out")
+    for name in AS_BEFORE:
+        recorded[name] = getattr(trained, name)
     return replace(config, **recorded)
 
 

@@ -352,6 +352,27 @@ def test_finetuned_weights_load_in_torchvision_as_the_page_says(tmp_path, monkey
     assert names["logits"].argmax(1).tolist() == found.predicted
 
 
+def test_images_are_flipped_as_in_pretraining(image_folder, run_here, tmp_path, monkeypatch):
+    """Unless a flag says otherwise: digits are no digits in a mirror."""
+    flips = set()
+
+    def note(images, padding, flip):
+        flips.add(flip)
+        return images
+
+    monkeypatch.setattr(fn, "random_crop_and_flip", note)
+    flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 1]
+    flags += ["--batch_size", 32, "--flip", 0.125, "--stages", "pretrain", "--output_dir", "out"]
+    assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
+    flags = ["--dataset", image_folder, "--image_size", 8, "--stages", "finetune", "--probe"]
+    flags += ["lbfgs", "--labels_per_class", 1, "--label_seeds", 1, "--finetune_steps", 1]
+    flags += ["--finetune_epochs", 1, "--checkpoint", "out", "--no-baselines", "--output_dir"]
+    for folder, more, expected in (("a", [], 0.125), ("b", ["--finetune_flip", 0.25], 0.25)):
+        flips.clear()
+        assert run_here("simCLR.py", *flags, folder, *more, cwd=tmp_path).returncode == 0
+        assert flips == {expected}
+
+
 def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run, tmp_path):
     """Pretrained and from scratch, with few labels, and with all; what is left on disk."""
     flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 1]
