@@ -59,11 +59,15 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
 
 
 def changed(config: simCLR.Config, base: simCLR.Config) -> dict[str, Any]:
-    """The flags in which a run differs from the configuration that it began from."""
+    """The flags in which a run differs from the configuration that it began from.
+
+    Of those of fine-tuning it has none where it has fine-tuned nothing.
+    """
+    idle = set() if "finetune" in config.stages_list else set(FineTuningSettings.__annotations__)
     return {
         name: value
         for name, value in vars(config).items()
-        if value != getattr(base, name) and name not in WHERE
+        if value != getattr(base, name) and name not in WHERE | idle
     }
 
 
