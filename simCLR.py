@@ -15,8 +15,8 @@ One step of training, with the paper's letters (Section 2.1, Figure 2):
 Measured (results/digits): with one label per class, a linear probe on h reaches 77.2 ± 5.6 %, on
 raw pixels 53.4 ± 6.1 %.
 
-What can be set stands beside what it sets: Views, EncoderAndHead, Optimisation, and in
-contrastive/evaluation.py EvaluationSettings. Config, at the end, is all of them.
+What can be set stands beside what it sets: Views, EncoderAndHead, Optimisation, and in contrastive/
+Loss (losses.py) and EvaluationSettings (evaluation.py). Config, at the end, is all of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from contrastive.evaluation import (
 )
 from contrastive.features import save_features
 from contrastive.lars import LARS
-from contrastive.losses import contrastive_loss
+from contrastive.losses import Loss, certain_loss, contrastive_loss
 from contrastive.plan import print_plan
 from contrastive.pretrained import as_trained, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
@@ -292,30 +292,6 @@ class SimCLRModel(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Equation 1, and its kin
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Loss(fn.Settings):
-    """What is minimised: NT-Xent."""
-
-    title: ClassVar[str] = "loss"
-
-    temperature: float = 0.5
-    """tau in NT-Xent"""
-    positives: Literal["each", "mean"] = "each"
-    """with more than two views, a view is compared with each other view of its image in turn, or
-    with their mean"""
-    decoupled: bool = False
-    """leave the positive out of the denominator (Yeh et al. 2022)"""
-
-    def validate(self) -> None:
-        super().validate()
-        self.require("temperature", fn.POSITIVE)
-
-
-# ------------------------------------------------------------------------------------------------
 # Section 2.3: large batches, and a learning rate that follows them
 # ------------------------------------------------------------------------------------------------
 
@@ -446,6 +422,10 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
         super().validate()
         fits = self.norm == "batch" or not self.recalibrate
         check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
+        two = self.loss == "nt_xent" or self.views == 2
+        check(two, f"--loss {self.loss} compares two views: leave --views out")
+        has = self.loss == "nt_xent" or self.head_layers > 0
+        check(has, f"--loss {self.loss} needs a head that learns: leave --head_layers 0 out")
         alone = self.processes == 1 or "pretrain" in self.stages_list
         check(alone, "--devices is for pretraining: leave it out, or add pretrain to --stages")
 
@@ -484,7 +464,9 @@ class Pretraining(Monitored):
         z = self.embed(images)  # (M N, embedding_dim), with the paper's two views (2 N, ...)
         z = self.gather(z)  # the same, N over all devices
         if batch_idx + 1 == len(self.batches):
-            self.watch(z, c.views)
+            self.watch(z[:, : c.embedding_dim], c.views)
+        if c.loss != "nt_xent":
+            return {"loss": certain_loss(z, c.loss, c.temperature)}
         return {"loss": contrastive_loss(z, c.views, c.temperature, c.positives, c.decoupled)}
 
     def embed(self, images: Tensor) -> Tensor:
@@ -637,7 +619,8 @@ def main(config: Config) -> None:
     encoder, feature_dim = build_encoder(*architecture, config.zero_init)
     encoder.to(memory_format=layout(config.machine.device))
     untrained = copy.deepcopy(encoder)
-    head = config.hidden_dim, config.embedding_dim, config.head_norm or config.norm
+    width = config.embedding_dim + config.beside_embedding
+    head = config.hidden_dim, width, config.head_norm or config.norm
     model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
     measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
     recorded = load_trained(model, file, beyond_h) if file else None

@@ -1,14 +1,51 @@
-"""The kin of NT-Xent: more than two views of an image, and the positive out of the denominator."""
+"""The kin of NT-Xent: more than two views, the positive out of the denominator, and certainty."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functions import nt_xent_loss
+import functions as fn
+from functions import check, nt_xent_loss
+
+
+@dataclass
+class Loss(fn.Settings):
+    """What is minimised."""
+
+    title: ClassVar[str] = "loss"
+
+    loss: Literal["nt_xent", "latent_class", "tau", "mc_infonce", "kappa"] = "nt_xent"
+    """the paper: nt_xent; the others also learn how sure they are of an image"""
+    temperature: float = 0.5
+    """tau of the loss"""
+    positives: Literal["each", "mean"] = "each"
+    """with more than two views, a view is compared with each other view of its image in turn, or
+    with their mean"""
+    decoupled: bool = False
+    """leave the positive out of the denominator (Yeh et al. 2022)"""
+
+    def validate(self) -> None:
+        super().validate()
+        self.require("temperature", fn.POSITIVE)
+        plain = self.loss == "nt_xent" or not self.decoupled
+        check(plain, f"--decoupled is of nt_xent: leave it out with --loss {self.loss}")
+
+    @property
+    def beside_embedding(self) -> int:
+        """Columns that the head puts out beside the embedding."""
+        return 0 if self.loss == "nt_xent" else CERTAIN[self.loss].columns
+
+
+# ------------------------------------------------------------------------------------------------
+# More views, and the positive out of the denominator
+# ------------------------------------------------------------------------------------------------
 
 
 def contrastive_loss(
@@ -111,3 +148,163 @@ class EachPositive(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses that say how sure they are
+# ------------------------------------------------------------------------------------------------
+
+# Each compares two views, rows i and i + N, and takes what the head makes of them: embeddings, and
+# where a certainty is learned beside them, its number in the last column. Certainties are (2N,),
+# the higher the surer.
+
+BETA = 0.8  # of latent_class: how sharp its softplus bends
+FLOOR = 1e-4  # of latent_class: the least probability that is told from none
+SAMPLES = 16  # of mc_infonce, for each image in each step
+SHARE, PENALTY = 0.1, 0.005  # of kappa: what it adds to NT-Xent
+
+
+def latent_classes(outputs: Tensor) -> Tensor:
+    """p(c | x), the distribution over K latent classes: (B, K) -> (B, K), each row sums to 1."""
+    positive = F.softplus(outputs, beta=BETA)
+    return positive / positive.sum(1, keepdim=True).clamp_min(1e-12)
+
+
+def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
+    """The embedding as a distribution over K latent classes. (2N, K) -> a scalar.
+
+    Two views match if they draw the same class, which they do with the probability
+    <p_i, q_j> = sum over c of p(c | x_i) p(c | x_j). By Bayes, how much likelier x_j is as a view
+    of x_i's class than at random is
+
+        p(x_j | x_i) / p(x_j) = sum over c of p(c | x_i) p(c | x_j) / p(c) = K <p_i, q_j>
+
+    where all classes are as frequent: the score that InfoNCE looks for (van den Oord et al. 2018,
+    arXiv 1807.03748, Eq. 2). So the logits are log(N <p_i, q_j>) / tau, with a factor that no
+    softmax sees, and the loss is their cross-entropy in both directions; negatives are the other
+    image's other views alone. A distribution over few classes is sure, one over all matches
+    whatever there is, and certainty is 1 - H(p) / log K.
+    """
+    p, q = latent_classes(outputs).chunk(2)
+    logits = (len(p) * (p @ q.T).clamp_min(FLOOR)).log() / temperature
+    own = torch.arange(len(p), device=p.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def latent_class_certainty(outputs: Tensor) -> Tensor:
+    p = latent_classes(outputs)
+    return 1 - torch.special.entr(p).sum(1) / math.log(p.shape[1])
+
+
+def tau_loss(outputs: Tensor, temperature: float) -> Tensor:
+    """Temperature as uncertainty (Zhang et al. 2021, arXiv 2110.04403). (2N, D + 1) -> a scalar.
+
+    NT-Xent, where each image has a say in its temperature: its logits are c_i sim(z_i, z_k) / tau
+    with c_i = sigmoid(u_i). An image that is like many others loses less if it claims less, and
+    certainty is c.
+    """
+    z, u = F.normalize(outputs[:, :-1], dim=1), outputs[:, -1:]
+    logits = torch.sigmoid(u) * (z @ z.T) / temperature
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    positive = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    return F.cross_entropy(logits, positive)
+
+
+def tau_certainty(outputs: Tensor) -> Tensor:
+    return torch.sigmoid(outputs[:, -1])
+
+
+def concentration(outputs: Tensor) -> Tensor:
+    """kappa > 0 (B,) of the last column, (B, D + 1): near 8 D where that is 0, as it begins."""
+    start = 8 * (outputs.shape[1] - 1)
+    return F.softplus(outputs[:, -1]) * (start / math.log(2))
+
+
+def mc_infonce_loss(outputs: Tensor, temperature: float) -> Tensor:
+    """The embedding as a distribution on the sphere. (2N, D + 1) -> a scalar.
+
+    After MCInfoNCE (Kirchhof et al. 2023, arXiv 2302.02865): an image that is ambiguous has many
+    embeddings that would do. Each has a direction mu and a concentration kappa here, S samples z
+    are drawn of each, and the likelihood that NT-Xent takes the logarithm of is averaged over
+    them. Certainty is kappa.
+    """
+    mu, kappa = F.normalize(outputs[:, :-1], dim=1), concentration(outputs)
+    return mean_likelihood(power_spherical(mu, kappa, SAMPLES), temperature)
+
+
+def mean_likelihood(samples: Tensor, temperature: float) -> Tensor:
+    """MCInfoNCE's loss of samples (S, 2N, D), averaged over the 2N anchors.
+
+        l_i = log S - logsumexp over s of (z_i z_i+ / tau - logsumexp over k != i of z_i z_k / tau)
+
+    With kappa at infinity all samples are mu, and it is NT-Xent; 1 / tau is its kappa of positives.
+    """
+    logits = samples @ samples.transpose(1, 2) / temperature  # (S, 2N, 2N)
+    count = logits.shape[1]
+    itself = torch.eye(count, dtype=torch.bool, device=logits.device)
+    log_p = logits.masked_fill(itself, -torch.inf).log_softmax(2)
+    positive = torch.arange(count, device=logits.device).roll(count // 2)
+    of_positive = log_p[:, torch.arange(count, device=logits.device), positive]  # (S, 2N)
+    return (math.log(len(samples)) - of_positive.logsumexp(0)).mean()
+
+
+def power_spherical(mu: Tensor, kappa: Tensor, samples: int) -> Tensor:
+    """Samples (S, B, D) around unit vectors mu (B, D), with a gradient for mu and kappa (B,).
+
+    The Power Spherical distribution (De Cao & Aziz 2020, arXiv 2006.04437, Algorithm 1), density
+    proportional to (1 + mu . z)^kappa: a height t = mu . z, a uniform direction around the pole,
+    and a reflection that brings the pole to mu. Its mean is mu kappa / (kappa + D - 1).
+    """
+    dim = mu.shape[1]
+    half = torch.full_like(kappa, (dim - 1) / 2)
+    # 1 - t rather than t: near the pole t is 1 but for less than floats tell apart.
+    s = torch.distributions.Beta(half, half + kappa).rsample((samples,)).clamp(1e-12, 1)  # (S, B)
+    around = F.normalize(torch.randn(samples, *mu.shape[:1], dim - 1).to(mu), dim=2)
+    y = torch.cat([(1 - 2 * s).unsqueeze(2), (2 * (s * (1 - s)).sqrt()).unsqueeze(2) * around], 2)
+
+    pole = torch.zeros_like(mu)
+    pole[:, 0] = 1
+    u = F.normalize(pole - mu, dim=1)
+    return y - 2 * (y * u).sum(2, keepdim=True) * u
+
+
+def kappa_certainty(outputs: Tensor) -> Tensor:
+    return F.softplus(outputs[:, -1])
+
+
+def kappa_loss(outputs: Tensor, temperature: float) -> Tensor:
+    """NT-Xent with a concentration beside it (after Li et al. 2024, arXiv 2405.16460). (2N, D + 1)
+    -> a scalar.
+
+    What is added, - lambda (kappa_1 + kappa_2) mu_1 . mu_2 + an l2 penalty on kappa, has its
+    least value where kappa says how much alike an image's views are. Certainty is kappa.
+    """
+    first, second = F.normalize(outputs[:, :-1], dim=1).chunk(2)
+    one, other = kappa_certainty(outputs).chunk(2)
+    alike = (first * second).sum(1)  # (N,)
+    added = PENALTY * (one**2 + other**2) - SHARE * (one + other) * alike
+    return nt_xent_loss(outputs[:, :-1], temperature) + added.mean()
+
+
+class Certain(NamedTuple):
+    """A loss (2N, columns) -> a scalar that learns a certainty (B, columns) -> (B,), and the
+    columns that it needs beside the embedding."""
+
+    loss: Callable[[Tensor, float], Tensor]
+    certainty: Callable[[Tensor], Tensor]
+    columns: int
+
+
+CERTAIN = {
+    "latent_class": Certain(latent_class_loss, latent_class_certainty, 0),
+    "tau": Certain(tau_loss, tau_certainty, 1),
+    "mc_infonce": Certain(mc_infonce_loss, concentration, 1),
+    "kappa": Certain(kappa_loss, kappa_certainty, 1),
+}
+
+
+def certain_loss(outputs: Tensor, loss: str, temperature: float) -> Tensor:
+    """One of CERTAIN of what the head puts out, (2N, columns), in float32. A scalar."""
+    with torch.autocast(outputs.device.type, enabled=False):
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        return CERTAIN[loss].loss(wide, temperature)

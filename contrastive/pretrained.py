@@ -18,7 +18,7 @@ ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
 ARCHITECTURE = ("encoder", "stem", "norm", "activation")
 AS_BEFORE = ("flip",)  # of the views, which are not needed again: what was a mirror image then
-HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm")
+HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm", "loss")
 
 
 def encoder_file(checkpoint: str, head: bool = False) -> Path:
