@@ -44,9 +44,11 @@ from contrastive.augmentation import (
     random_resized_crop_and_flip,
 )
 from contrastive.caching import GradientCache
+from contrastive.certainty import Asked
 from contrastive.evaluation import (
     EvaluationSettings,
     Resized,
+    Sets,
     as_shown,
     at_learned_size,
     draw,
@@ -597,8 +599,17 @@ def check_data(data: ImageDataset, config: Config) -> None:
         check(wanted <= most, f"{problem}: {remedy}")
 
 
+def print_model(model: SimCLRModel, data: ImageDataset, config: Config) -> None:
+    """What learns, from what, and where, for people."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if "pretrain" in config.stages_list:
+        n, side = len(data.pretraining_images), data.train_images.shape[-1]
+        print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
+    print(f"{config.encoder}, {config.stem} stem, {parameters:.1f} M parameters; {config.machine}")
+
+
 def main(config: Config) -> None:
-    beyond_h = config.probe_layer > 0
+    beyond_h = config.needs_head
     file = encoder_file(config.checkpoint, beyond_h) if config.checkpoint else None
     config = as_trained(config, file, beyond_h) if file else config
     if file and config.evaluate_on:
@@ -625,11 +636,7 @@ def main(config: Config) -> None:
     measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
     recorded = load_trained(model, file, beyond_h) if file else None
 
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    if "pretrain" in config.stages_list:
-        n, side = len(data.pretraining_images), data.train_images.shape[-1]
-        print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
-    print(f"{config.encoder}, {config.stem} stem, {parameters:.1f} M parameters; {config.machine}")
+    print_model(model, data, config)
 
     with run.open() as folder:
         results: dict[str, Any] = {}
@@ -645,7 +652,8 @@ def main(config: Config) -> None:
             if pretrained is None and config.recalibrate:
                 recalibrate(encoder, normalize, data.pretraining_images, config)
             if config.needs_labels:
-                evaluation = evaluate(measured, untrained, normalize, sets.measured, config, folder)
+                what = measured, untrained, normalize, sets.measured, config, folder
+                evaluation = evaluate(*what, to_be_asked(model, normalize, sets, config))
                 results |= evaluation.results()
             if "features" in config.stages_list:
                 shown = nn.Sequential(Resized(config.evaluation_size), normalize, measured)
@@ -657,6 +665,26 @@ def main(config: Config) -> None:
             figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
         if evaluation is not None:
             draw(evaluation, config, folder)
+
+
+def to_be_asked(
+    model: SimCLRModel, normalize: fn.Normalize, sets: Sets, config: Config
+) -> Asked | None:
+    """What the stage certainty asks how sure it is: views as the last steps of pretraining saw."""
+    if "certainty" not in config.stages_list:
+        return None
+    has_head = config.needs_head or "pretrain" in config.stages_list
+    size, _ = crop_schedule(config.crop_size)[-1]
+    return Asked(
+        encoder=model.get_encoder(),
+        head=model.projection_head if has_head else None,
+        see=nn.Sequential(Resized(config.evaluation_size), normalize),
+        augment=lambda images: random_views(images, config, size, count=1),
+        loss=config.loss,
+        others=sets.others,
+        people=sets.people,
+        machine=config.machine,
+    )
 
 
 def show_views(images: Tensor, config: Config, file: Path, count: int = 10) -> None:

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
+from contrastive.certainty import (
+    Asked,
+    Certainty,
+    CertaintySettings,
+    load_others,
+    load_people,
+    measure_certainty,
+    plot_certainty,
+    plot_map,
+    print_certainty,
+)
 from contrastive.explore import explore
 from contrastive.few_labels import (
     Draw,
@@ -21,18 +32,23 @@ from contrastive.few_labels import (
     print_few_labels,
 )
 from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, finetune
-from contrastive.looking import Looked, look
-from contrastive.pretrained import encoder_file, image_side
+from contrastive.looking import Looked, look, plot_surest
+from contrastive.pretrained import encoder_file, has_head, image_side
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
 from functions import Batches, ImageDataset, Subset, check
 
-STAGES = ("pretrain", "knn", "probe", "finetune", "tsne", "look", "explore", "features")
+STAGES = (
+    *("pretrain", "knn", "probe", "finetune"),
+    *("tsne", "look", "explore", "certainty", "features"),
+)
 WITHOUT_LABELS = {"pretrain", "features"}
 OPEN_FIRST = (
-    *("explore.html", "few_labels.png", "finetuning.png", "neighbours.png", "tsne.png"),
-    "confusion_matrix.png",
+    *("explore.html", "few_labels.png", "finetuning.png", "certainty.png", "neighbours.png"),
+    *("tsne.png", "confusion_matrix.png"),
 )
-WITH_PROBE = {"probe", "finetune", "look", "explore"}  # which begin with it, or show what it says
+# Which begin with the probe, or show what it says, or are drawn on the map.
+WITH_PROBE = {"probe", "finetune", "look", "explore", "certainty"}
+WITH_MAP = {"tsne", "look", "explore", "certainty"}
 MEASURING = {"knn", "probe", "finetune"}  # which compare accuracies
 
 # ------------------------------------------------------------------------------------------------
@@ -41,7 +57,7 @@ MEASURING = {"knn", "probe", "finetune"}  # which compare accuracies
 
 
 @dataclass
-class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
+class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     """What to measure, and how."""
 
     free_on_resume = (*FineTuningSettings.free_on_resume, "evaluate_on")
@@ -50,7 +66,7 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
 
     stages: str = "pretrain,knn,probe,tsne"
     """what to do, comma-separated: pretrain, knn, probe, finetune, tsne, look (neighbours,
-    confusions, oddities), explore (a page for the browser), features (to take away)"""
+    confusions, oddities), explore (a page for the browser), certainty, features (to take away)"""
     checkpoint: str | None = None
     """a run's folder, its encoder.pt or one of its checkpoints, for stages without pretrain"""
     evaluate_on: str | None = None
@@ -82,8 +98,13 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
         remedy = "leave it out, or give it to the run that pretrains"
         problem = f"--recalibrate measures on what was learned from, not on --evaluate_on: {remedy}"
         check(not (transfer and self.recalibrate), problem)
-        of_h = "finetune" not in self.stages_list or self.probe_layer == 0
-        check(of_h, "--probe_layer is not for finetune, which trains what makes h: leave it out")
+        of_h = {"finetune", "certainty"} & set(self.stages_list)
+        problem = f"--probe_layer is not for {' and '.join(sorted(of_h))}, which take h"
+        check(self.probe_layer == 0 or not of_h, f"{problem}: leave it out")
+        test = self.human_labels is None or not self.validation_fraction
+        check(test, "--human_labels are of the test images: leave --validation_fraction out")
+        asks = self.human_labels is None or "certainty" in self.stages_list
+        check(asks, "--human_labels are for the stage certainty: add it to --stages")
         self.require("label_fraction", fn.SHARE)
         self.require("validation_fraction", fn.BELOW_1)
 
@@ -93,7 +114,7 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
         else:
             needed = f"--stages {self.stages} needs --checkpoint, a run's folder or encoder.pt"
             check(self.checkpoint is not None, needed)
-            encoder_file(self.checkpoint or "", head=self.probe_layer > 0)
+            encoder_file(self.checkpoint or "", head=self.needs_head)
 
     @property
     def stages_list(self) -> list[str]:
@@ -113,6 +134,12 @@ class EvaluationSettings(FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     def probes(self) -> bool:
         """Whether a stage needs the linear probe."""
         return bool(WITH_PROBE & set(self.stages_list))
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the head is to be loaded as well: certainty takes it where it was kept."""
+        asks = "certainty" in self.stages_list and has_head(self.checkpoint or "")
+        return self.probe_layer > 0 or asks
 
     @property
     def needs_labels(self) -> bool:
@@ -143,6 +170,8 @@ class Sets:
 
     learned: ImageDataset
     measured: ImageDataset
+    others: dict[str, Tensor] = field(default_factory=dict)
+    people: Tensor | None = None
 
     @property
     def differ(self) -> bool:
@@ -166,7 +195,12 @@ class Sets:
             labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
             for amount in settings.label_amounts:
                 amount.check(labels, measured.classes)
-        return Sets(learned, measured)
+        if "certainty" not in settings.stages_list:
+            return Sets(learned, measured)
+        others = load_others(settings, measured.train_images.shape[-1])
+        _, _, test_images, _ = measured.labelled(settings.set_flag)
+        people = load_people(settings, len(test_images), len(measured.classes))
+        return Sets(learned, measured, others, people)
 
 
 def load_sets(settings: EvaluationSettings, file: Path | None = None) -> Sets:
@@ -390,6 +424,7 @@ class Evaluation:
     measured: dict[str, Measured]
     features: Features
     looked: Looked | None = None
+    certainty: Certainty | None = None
 
     def results(self) -> dict[str, Any]:
         """This part of results.json."""
@@ -399,6 +434,8 @@ class Evaluation:
             found["baselines"] = {
                 name.replace(" ", "_"): self.measured[name].results() for name in baselines
             }
+        if self.certainty is not None:
+            found["certainty"] = self.certainty.results()
         return found | self.measured[ours].results()
 
 
@@ -409,31 +446,20 @@ def evaluate(
     data: ImageDataset,
     settings: EvaluationSettings,
     folder: Path,
+    asked: Asked | None = None,
 ) -> Evaluation:
     """Measure the encoder beside raw pixels and the untrained one; leaves classifier.pt.
 
     normalize: as the encoder's training images were. Features are computed once per encoder and
-    shared by every evaluation.
+    shared by every evaluation. asked: where it is to say how sure it is.
     """
-    measured: dict[str, Measured] = {}
-    resize = Resized(settings.evaluation_size)
     images = labelled_images(data, settings)
-
-    # What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and
-    # on simple images the pixels alone are hard to beat.
+    measured: dict[str, Measured] = {}
     if settings.baselines and settings.measures:
-        print("measuring raw pixels and the untrained encoder", flush=True)
-        asked = ",".join(stage for stage in settings.stages_list if stage in MEASURING)
-        alike = replace(settings, stages=asked)  # what is only looked at needs no probe here
         own = fn.Normalize(data.pretraining_images)
-        pixels = features_of(nn.Sequential(own, nn.Flatten()), images, settings)
-        measured["raw pixels"] = measure(pixels, alike)
-        see, place = nn.Sequential(resize, own), folder / "from-scratch"
-        h = features_of(nn.Sequential(see, untrained), images, settings)
-        scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
-        measured["untrained encoder"] = measure(h, alike, None, scratch)
+        measured = measure_baselines(untrained, own, images, settings, folder)
 
-    see = nn.Sequential(resize, normalize)
+    see = nn.Sequential(Resized(settings.evaluation_size), normalize)
     h = features_of(nn.Sequential(see, encoder), images, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
     what = f" of {data.name}" if settings.evaluate_on else ""
@@ -444,9 +470,45 @@ def evaluate(
     tuning = Tuning(encoder, see, images, h, settings, folder / "finetuning")
     keep = folder / "finetuned.pt"
     ours = measure(h, settings, classifier.classifier, tuning, keep)
-    measured["pretrained encoder"] = ours
     if ours.probe is not None:
         fn.save_torch(folder / "classifier.pt", classifier.state_dict())
+    measured["pretrained encoder"] = ours
+    tell(measured, settings)
+    looked = to_look_at(h, images, classifier.classifier, data) if settings.probes else None
+    certainty = None
+    if asked is not None:
+        certainty = measure_certainty(asked, images.test, h, classifier.classifier, settings)
+        print_certainty(certainty, settings.held_out)
+    return Evaluation(measured, h, looked, certainty)
+
+
+def measure_baselines(
+    untrained: nn.Module,
+    normalize: fn.Normalize,
+    images: Labelled,
+    settings: EvaluationSettings,
+    folder: Path,
+) -> dict[str, Measured]:
+    """What an accuracy is worth shows beside these two: an untrained ResNet is no bad start, and on
+    simple images the pixels alone are hard to beat. normalize: by the set's own statistics."""
+    print("measuring raw pixels and the untrained encoder", flush=True)
+    compared = ",".join(stage for stage in settings.stages_list if stage in MEASURING)
+    alike = replace(settings, stages=compared)  # what is only looked at needs no probe here
+    pixels = features_of(nn.Sequential(normalize, nn.Flatten()), images, settings)
+    see = nn.Sequential(Resized(settings.evaluation_size), normalize)
+    h = features_of(nn.Sequential(see, untrained), images, settings)
+    place = folder / "from-scratch"
+    scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
+    return {
+        "raw pixels": measure(pixels, alike),
+        "untrained encoder": measure(h, alike, None, scratch),
+    }
+
+
+def tell(measured: dict[str, Measured], settings: EvaluationSettings) -> None:
+    """What was measured, for people."""
+    *_, ours = measured.values()
+    if ours.probe is not None:
         train, test = fn.percent(ours.probe.train_accuracy), fn.percent(ours.probe.test_accuracy)
         print(f"linear probe: train {train}, {settings.held_out} {test}")
         fn.print_per_class(ours.probe.per_class)
@@ -458,8 +520,6 @@ def evaluate(
         print_table(measured, settings.held_out)
     if ours.few_labels:
         print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
-    looked = to_look_at(h, images, classifier.classifier, data) if settings.probes else None
-    return Evaluation(measured, h, looked)
 
 
 @torch.no_grad()
@@ -535,12 +595,18 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         figures.plot_few_labels(found, len(h.classes), settings.held_out, file)
 
     stages, seed = settings.stages_list, settings.seed
-    points = figures.tsne_map(h.test, seed) if {"tsne", "look", "explore"} & set(stages) else None
+    points = figures.tsne_map(h.test, seed) if WITH_MAP & set(stages) else None
     if "tsne" in stages and points is not None:
         title = f"t-SNE of the {settings.held_out} images' representations"
         fn.plot_tsne(points, h.test_labels, h.classes, folder / "tsne.png", title)
     if "look" in stages and evaluation.looked is not None:
         look(evaluation.looked, points, seed, folder)
+    if evaluation.certainty is not None and evaluation.looked is not None:
+        plot_certainty(evaluation.certainty, folder / "certainty.png")
+        plot_surest(evaluation.looked, evaluation.certainty.values, folder / "surest.png")
+        if points is not None:
+            file = folder / "tsne_certainty.png"
+            plot_map(points, evaluation.certainty, settings.held_out, file)
     if "explore" in stages and evaluation.looked is not None and points is not None:
         title = Path(settings.evaluate_on or settings.dataset).name
         explore(evaluation.looked, points, title, seed, folder / "explore.html")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,15 +192,47 @@ def plot_typical(looked: Looked, file: Path, most: int = 20, each: int = 6) -> N
     for label in h.test_labels.unique().tolist()[:most]:
         members = (h.test_labels == label).nonzero().flatten()
         order = members[typical(h.test[members])].tolist()
-        half = (len(order) + 1) // 2  # no image is both typical and odd
-        row: list[Cell | None] = [None] * (2 * each)
-        for c, i in enumerate(order[:half][:each]):
-            row[c] = Cell(one(looked.test, i))
-        for c, i in enumerate(order[half:][::-1][:each]):
-            row[each + c] = Cell(one(looked.test, i))
-        rows[h.classes[label]] = row
+        rows[h.classes[label]] = halves(order, each, lambda i: Cell(one(looked.test, i)))
     title = "Most typical of its class (left half), and oddest (right half, the oddest first)"
     draw_grid(rows, title, file, after=[each - 1])
+
+
+@fn.drawing
+def plot_surest(
+    looked: Looked, values: dict[str, Tensor], file: Path, most: int = 6, each: int = 12
+) -> None:
+    """The test images of a class that the last way is surest and least sure of, {way: (N,)}, of up
+    to `most` classes; wrong ones are framed."""
+    (name, value), h = list(values.items())[-1], looked.h
+    rows: dict[str, list[Cell | None]] = {}
+    each = min(each, (int(h.test_labels.bincount().max()) + 1) // 2)
+    for label in h.test_labels.unique().tolist()[:most]:
+        members = (h.test_labels == label).nonzero().flatten()
+        order = members[value[members].argsort(descending=True)].tolist()
+        rows[h.classes[label]] = halves(order, each, lambda i: framed(looked, i))
+    title = f"{name}: the surest (left half) and the least sure (right half, the least first)"
+    draw_grid(rows, title, file, after=[each - 1])
+
+
+def framed(looked: Looked, i: int) -> Cell:
+    """A test image, framed with what the probe says where that is wrong."""
+    if looked.right[i]:
+        return Cell(one(looked.test, i))
+    return Cell(one(looked.test, i), WRONG, looked.h.classes[int(looked.predicted[i])])
+
+
+def halves(order: list[int], each: int, cell: Callable[[int], Cell]) -> list[Cell | None]:
+    """A row whose left half begins with the first of `order`, and its right half with the last.
+
+    No image is in both.
+    """
+    half = (len(order) + 1) // 2
+    row: list[Cell | None] = [None] * (2 * each)
+    for c, i in enumerate(order[:half][:each]):
+        row[c] = cell(i)
+    for c, i in enumerate(order[half:][::-1][:each]):
+        row[each + c] = cell(i)
+    return row
 
 
 def one(images: Tensor | Subset, i: int) -> Tensor:

@@ -39,6 +39,12 @@ def encoder_file(checkpoint: str, head: bool = False) -> Path:
     return found
 
 
+def has_head(checkpoint: str) -> bool:
+    """Whether what --checkpoint names has the head, too: a checkpoint, or a folder with one."""
+    named = Path(checkpoint)
+    return named.suffix == ".ckpt" or (named / "checkpoints/last.ckpt").is_file()
+
+
 def run_of(file: Path) -> Path | None:
     """The run folder that a checkpoint lies in; None for one that was taken out of it."""
     near = (file.parent, file.parent.parent)

@@ -159,7 +159,7 @@ BAD = [
     (SIMCLR, [*DIGITS, *FEW, "--label_fractions", "0.03"], "--label_fractions", "at least 0.07"),
     (SIMCLR, [*DIGITS, "--stages", "finetune"], "--stages finetune", "--checkpoint"),
     (SIMCLR, [*DIGITS, "--stages", "features"], "--stages features", "--checkpoint"),
-    (SIMCLR, [*DIGITS, "--stages", "pretrain,gaze"], "'gaze'", "look,explore,features"),
+    (SIMCLR, [*DIGITS, "--stages", "pretrain,gaze"], "'gaze'", "look,explore,certainty,features"),
     (SIMCLR, [*DIGITS, "--finetune_steps", "0"], "--finetune_steps", "at least 1"),
     (SIMCLR, [*DIGITS, "--finetune_head", "deep"], "--finetune_head", "mlp"),
     (SIMCLR, [*DIGITS, "--evaluate_on", "nowhere"], "--evaluate_on nowhere", "no such folder"),

@@ -57,9 +57,11 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/finetuning.py": set(),
     "contrastive/features.py": set(),
     "contrastive/looking.py": {"probe"},
+    "contrastive/certainty.py": {"augmentation", "losses", "probe"},
     "contrastive/explore.py": {"looking"},
     "contrastive/evaluation.py": {
         *("figures", "pretrained", "probe", "few_labels", "finetuning", "looking", "explore"),
+        "certainty",
     },
 }
 

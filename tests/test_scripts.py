@@ -116,7 +116,7 @@ def measured(monkeypatch, run_here, tmp_path):
     """measured(flags) -> (what simCLR.py would measure with, what it printed), on digits."""
     found = {}
 
-    def evaluate(encoder, untrained, normalize, data, config, folder):
+    def evaluate(encoder, untrained, normalize, data, config, folder, asked=None):
         found.update(normalize=normalize, config=config)
         raise fn.UserError("enough")
 

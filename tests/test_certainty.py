@@ -1,0 +1,343 @@
+"""Is it right to be sure? Against slow transcriptions, and cases that are known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_config, randn, user_error
+from PIL import Image
+from torch import nn
+
+from contrastive import certainty
+from contrastive.certainty import (
+    Asked,
+    Seen,
+    agreement,
+    aurc,
+    auroc,
+    best_temperature,
+    calibration,
+    kept_accuracy,
+    kth_similarity,
+    learn_afterwards,
+    load_others,
+    load_people,
+    mean_ranks,
+    measure_certainty,
+    nearest_is_alike,
+    spearman,
+)
+from contrastive.probe import Features
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
+RIGHT = torch.tensor([True, False, True, True, False])
+
+# ------------------------------------------------------------------------------------------------
+# Orders
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_surest_are_kept_first():
+    certainty = torch.tensor([0.9, 0.1, 0.8, 0.3, 0.5])  # right, right, wrong, right, wrong
+    expected = [1, 1, 2 / 3, 3 / 4, 3 / 5]
+    assert kept_accuracy(certainty, RIGHT).tolist() == pytest.approx(expected)
+    assert aurc(certainty, RIGHT) == pytest.approx(1 - sum(expected) / 5)
+    assert aurc(RIGHT.double(), RIGHT) < aurc(certainty, RIGHT) < aurc(-RIGHT.double(), RIGHT)
+
+
+def test_auroc_counts_pairs_and_keeps_its_sign():
+    """Of pairs of a right and a wrong one, how often the right one has more."""
+    certainty = randn(40)
+    right = certainty + randn(40, seed=1) > 0
+    pairs = [(a > b).double() for a in certainty[right] for b in certainty[~right]]
+    expected = float(torch.stack(pairs).mean())
+    assert 0.6 < expected < 1
+    assert auroc(certainty, right) == pytest.approx(expected)
+    assert auroc(-certainty, right) == pytest.approx(1 - expected)  # misleading stays below half
+    assert auroc(certainty, torch.ones(40, dtype=torch.bool)) is None
+    assert auroc(torch.full((40,), torch.nan), right) is None
+
+
+def test_spearman_is_the_correlation_of_ranks():
+    a, b = randn(30), randn(30, seed=1)
+    ranks = torch.stack([part.argsort().argsort().double() for part in (a, a + b)])
+    assert spearman(a, a + b) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
+    assert spearman(a, a**3) == pytest.approx(1)
+    assert spearman(a, torch.ones(30)) is None
+
+
+def test_the_nearest_other_image_decides():
+    h, labels = randn(50, 3), torch.arange(50) % 2
+    found = nearest_is_alike(h, labels, block=7)
+    for i in range(50):
+        others = [j for j in range(50) if j != i]
+        nearest = max(others, key=lambda j, i=i: float(F.cosine_similarity(h[i], h[j], dim=0)))
+        assert bool(found[i]) == (labels[nearest] == labels[i])
+
+
+def test_the_kth_neighbour_is_the_kth():
+    h, bank = randn(5, 4), randn(30, 4, seed=1)
+    cosines = F.cosine_similarity(h[:, None], bank[None], dim=2).sort(descending=True).values
+    torch.testing.assert_close(kth_similarity(h, bank, 7, block=2), cosines[:, 6])
+    torch.testing.assert_close(kth_similarity(h, bank, 99), cosines[:, -1])
+
+
+def test_views_that_are_the_same_agree():
+    h = randn(1, 6, 4)
+    assert agreement(h * torch.rand(5, 1, 1)).tolist() == pytest.approx([1.0] * 6)
+    assert agreement(torch.cat([h, -h])).tolist() == pytest.approx([0.0] * 6, abs=1e-12)
+
+
+def test_ranks_are_those_among_whole_images():
+    among = torch.arange(10.0)
+    levels = torch.tensor([[-1.0, 10.0], [4.5, 4.5]])
+    assert mean_ranks(levels, among) == pytest.approx([0.5, 0.5])
+    assert mean_ranks(levels[:, :1], among) == pytest.approx([0.0, 0.5])
+
+
+# ------------------------------------------------------------------------------------------------
+# Calibration, and what is learned afterwards
+# ------------------------------------------------------------------------------------------------
+
+
+def says(confidence, right):
+    """Probabilities of two classes that say so, and labels of which so many are right."""
+    probabilities = torch.tensor([[confidence, 1 - confidence]]).repeat(10, 1)
+    return probabilities, torch.tensor([0] * right + [1] * (10 - right))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "right", "error"), [(0.8, 8, 0), (0.6, 10, 0.4), (1, 5, 0.5)]
+)
+def test_calibration_is_how_far_words_and_deeds_are_apart(confidence, right, error):
+    found, bins = calibration(*says(confidence, right))
+    assert found == pytest.approx(error, abs=1e-6)
+    assert bins == [pytest.approx([confidence, right / 10, 1.0])]
+
+
+def test_errors_in_different_bins_do_not_cancel():
+    parts = [says(0.55, 10), says(0.95, 5)]  # too modest by .45, too sure by .45
+    probabilities, labels = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    assert calibration(probabilities, labels)[0] == pytest.approx(0.45, abs=1e-6)
+
+
+def test_the_temperature_is_found():
+    """Labels that are drawn at temperature 3."""
+    logits = 6 * randn(20_000, 5, seed=1)
+    labels = torch.multinomial((logits / 3).softmax(1), 1).flatten()
+    assert best_temperature(logits, labels) == pytest.approx(3, rel=0.05)
+    before, after = (calibration((logits / t).softmax(1), labels)[0] for t in (1, 3))
+    assert after < 0.02 < before
+
+
+def blobs(n=600) -> Features:
+    """Two classes on a line, which overlap in the middle; the second number says nothing."""
+    labels = torch.arange(n) % 2
+    h = randn(n, 2, dtype=torch.float32) + torch.tensor([2.0, 0.0]) * (2 * labels[:, None] - 1)
+    return Features(h, labels, h, labels, ("left", "right"))
+
+
+def test_what_is_learned_afterwards_knows_where_the_probe_errs():
+    after = learn_afterwards(blobs(), make_config(probe="lbfgs"))
+    grid = torch.tensor([[0.0, 0.0], [0.0, 2.0], [4.0, 0.0], [-4.0, 1.0]])
+    middle, _, right, left = after.order(grid).flatten().tolist()
+    assert middle > max(left, right)  # it predicts a loss
+    assert not any(p.requires_grad for p in after.order.parameters())
+    assert 0.5 < after.temperature < 2
+
+
+def test_it_is_learned_from_images_that_the_probe_does_not_know(monkeypatch):
+    known = []
+    original = certainty.probe
+
+    def note(features, *rest):
+        known.append(len(features.train))
+        return original(features, *rest)
+
+    monkeypatch.setattr(certainty, "probe", note)
+    learn_afterwards(blobs(), make_config(probe="lbfgs"))
+    assert known == [300]
+
+
+# ------------------------------------------------------------------------------------------------
+# All of it
+# ------------------------------------------------------------------------------------------------
+
+
+class Mean(nn.Module):
+    """h: the mean colour, uint8 or float32 (B, 3, H, W) -> (B, 3)."""
+
+    def forward(self, images):
+        x = images / 255 if images.dtype == torch.uint8 else images
+        return x.mean((2, 3))
+
+
+def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
+    """And one that knows nothing is worth nothing: by all measures."""
+    labels = torch.arange(300) % 3
+    images = torch.randint(0, 120, (300, 3, 8, 8))
+    images[torch.arange(300), labels] += torch.randint(0, 130, (300, 1, 1))
+    images = images.to(torch.uint8)
+    h = Mean()(images)
+    features = Features(h, labels, h, labels, ("r", "g", "b"))
+    classifier = nn.Linear(3, 3)
+    with torch.no_grad():
+        classifier.weight.copy_(20 * torch.eye(3))
+        classifier.bias.zero_()
+        right = classifier(h).argmax(1) == labels
+    assert 5 < (~right).sum() < 150
+    people = torch.rand(300, 3)
+    people /= people.sum(1, keepdim=True)
+
+    def oracle(seen: Seen) -> torch.Tensor:
+        """What nothing but the test image itself has: how right the probe is, and people."""
+        known = {tuple(row): i for i, row in enumerate(h.tolist())}
+        places = [known.get(tuple(row), -1) for row in seen.h.tolist()]
+        scores = right.double() - torch.special.entr(people).sum(1) / 100
+        return torch.tensor([float(scores[i]) if i >= 0 else -9.0 for i in places])
+
+    blind = {"oracle": oracle, "blind": lambda seen: torch.rand(len(seen.h))}
+    monkeypatch.setattr(certainty, "ways", lambda *_: blind)
+    other = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    asked = Asked(
+        nn.Identity(), None, Mean(), lambda x: x / 255, "nt_xent", {"other": other}, people,
+        make_config(accelerator="cpu", precision="fp32").machine,
+    )  # fmt: skip
+    found = measure_certainty(asked, images, features, classifier, make_config(probe="lbfgs"))
+    knows, blind = found.worth["oracle"], found.worth["blind"]
+    assert torch.equal(found.right, right)
+    best = kept_accuracy(right.double(), right)
+    assert knows.aurc == pytest.approx(float(1 - best.mean()))
+    assert knows.others == {"other": 1.0}
+    assert blind.others["other"] == pytest.approx(0.5, abs=0.15)
+    assert blind.aurc == pytest.approx(float((~right).double().mean()), abs=0.1)
+    for kind in ("crops", "blur", "noise"):
+        assert abs(getattr(blind, kind)) < 0.1
+    assert knows.people > 0.2 > abs(blind.people)
+    assert found.values["agreement of views"].tolist() == pytest.approx([1.0] * 300, abs=1e-5)
+    assert found.worth["agreement of views"].crops is None
+
+
+# ------------------------------------------------------------------------------------------------
+# What it is asked with
+# ------------------------------------------------------------------------------------------------
+
+
+def test_other_sets_come_at_the_size_of_the_images(image_folder, tmp_path):
+    config = make_config(other_sets=f"noise, {image_folder}", data_dir=str(tmp_path))
+    found = load_others(config, 12)
+    assert {name: tuple(part.shape) for name, part in found.items()} == {
+        "noise": (2000, 3, 12, 12),
+        image_folder.name: (24, 3, 12, 12),
+    }
+    assert found["noise"].float().mean() == pytest.approx(127.5, abs=1)
+    config.other_sets = "nowhere"
+    assert "--other_sets nowhere: no such folder" in user_error(load_others, config, 12)
+
+
+def test_answers_of_people_are_shares(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[3, 1], [0, 2]]))
+    config = make_config(human_labels=str(tmp_path / "a.npy"))
+    assert load_people(config, 2, 2).tolist() == [[0.75, 0.25], [0, 1]]
+    assert load_people(make_config(), 2, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        (np.ones((3, 2)), "need (2, 2)"),
+        (np.array([[1, -1], [0, 2]]), "negative"),
+        (np.array([[0, 0], [0, 2]]), "without an answer"),
+        (np.array([[np.nan, 1], [0, 2]]), "without an answer"),
+        (np.array([["a", "b"], ["c", "d"]]), "need (2, 2)"),
+        (np.array([[{}, {}], [{}, {}]]), "no file of numbers"),
+        (None, "no file of numbers"),
+    ],
+)
+def test_answers_that_are_none_are_refused(answers, words, tmp_path):
+    file = tmp_path / "a.npy"
+    if answers is None:
+        file.write_text("no array")
+    else:
+        np.save(file, answers)
+    config = make_config(human_labels=str(file))
+    message = user_error(load_people, config, 2, 2)
+    assert "--human_labels" in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"other_sets": "digits,,noise"}, "--other_sets"),
+        ({"human_labels": "a.npy"}, "--human_labels"),
+        ({"human_labels": "a.npy", "validation_fraction": 0.1}, "--human_labels"),
+        ({"probe_layer": 1}, "--probe_layer"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(values, flag):
+    stages = {} if values == {"human_labels": "a.npy"} else {"stages": "pretrain,certainty"}
+    assert flag in user_error(make_config(**stages, **values).validate)
+
+
+COMMON = {"tenth neighbour", "norm of h", "probe's entropy", "probe's softmax", "learned after"}
+COMMON |= {"agreement of views"}
+
+
+def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
+    """What was learned beside the embedding is asked where the head was kept."""
+    np.save(tmp_path / "people.npy", np.full((24, 3), 1 / 3) + np.eye(3)[np.arange(24) % 3])
+    flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
+    flags += ["--knn_k", 5, "--other_sets", "noise", "--human_labels", "people.npy"]
+    train = ["--stem", "imagenet", "--batch_size", 32, "--epochs", 1, "--loss", "tau"]
+    stages = ["--stages", "pretrain,certainty", "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, *train, *stages, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads((tmp_path / "out/results.json").read_text())["certainty"]
+    assert set(found["ways"]) == COMMON | {"norm of z", "tau"}
+    assert set(found["ways"]["tau"]["others"]) == {"noise"}
+    assert set(found["calibration"]) == {
+        "expected_error", "temperature", "expected_error_at_temperature",
+    }  # fmt: skip
+    for name in ("certainty", "surest", "tsne_certainty"):
+        with Image.open(tmp_path / f"out/{name}.png") as image:
+            assert min(image.size) > 100
+    assert "against noise" in done.stdout
+
+    # Measured again it is the same.
+    again = ["--checkpoint", "out", "--stages", "certainty", "--output_dir", "again"]
+    assert run_here("simCLR.py", *flags, *again, cwd=tmp_path).returncode == 0
+    measured = json.loads((tmp_path / "again/results.json").read_text())["certainty"]
+    for way, worth in found["ways"].items():
+        for name in ("aurc", "crops", "blur", "noise"):
+            assert measured["ways"][way][name] == pytest.approx(worth[name], abs=1e-6), (way, name)
+
+    alone = ["--checkpoint", "out/encoder.pt", "--stages", "certainty", "--output_dir", "alone"]
+    assert run_here("simCLR.py", *flags, *alone, cwd=tmp_path).returncode == 0
+    measured = json.loads((tmp_path / "alone/results.json").read_text())["certainty"]
+    assert set(measured["ways"]) == COMMON
+
+
+def test_harder_images_are_what_they_are_called():
+    """Whole ones stay, a crop keeps what it shows, blur takes contrast, noise adds its own."""
+    images = torch.rand(4, 3, 32, 32)
+    assert torch.equal(certainty.blurred(images, 0.0), images)
+    assert torch.equal(certainty.noisy(images, 0.0), images)
+    assert (
+        certainty.blurred(images, 2.0).std() < certainty.blurred(images, 0.5).std() < images.std()
+    )
+    added = certainty.noisy(torch.full((1, 3, 64, 64), 0.5), 0.1) - 0.5
+    assert float(added.std()) == pytest.approx(0.1, rel=0.05)
+
+    ramp = torch.linspace(0, 1, 64).expand(200, 3, 64, 64)  # a crop of a share shows its root of it
+    crops = certainty.cropped(ramp, 0.25)
+    spans = crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))
+    assert crops.shape == ramp.shape
+    assert float((spans**2).mean()) == pytest.approx(0.25, rel=0.15)
+    tiny = certainty.blurred(torch.rand(2, 3, 4, 4), 3.0)
+    assert tiny.shape == (2, 3, 4, 4)
+    assert math.isfinite(float(tiny.sum()))
