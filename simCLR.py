@@ -428,6 +428,8 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
         check(two, f"--loss {self.loss} compares two views: leave --views out")
         has = self.loss == "nt_xent" or self.head_layers > 0
         check(has, f"--loss {self.loss} needs a head that learns: leave --head_layers 0 out")
+        wide = self.loss == "nt_xent" or self.embedding_dim > 1
+        check(wide, f"--loss {self.loss} needs --embedding_dim of 2 at least")
         alone = self.processes == 1 or "pretrain" in self.stages_list
         check(alone, "--devices is for pretraining: leave it out, or add pretrain to --stages")
 
@@ -466,7 +468,7 @@ class Pretraining(Monitored):
         z = self.embed(images)  # (M N, embedding_dim), with the paper's two views (2 N, ...)
         z = self.gather(z)  # the same, N over all devices
         if batch_idx + 1 == len(self.batches):
-            self.watch(z[:, : c.embedding_dim], c.views)
+            self.watch(z[:, : z.shape[1] - c.beside_embedding], c.views)
         if c.loss != "nt_xent":
             return {"loss": certain_loss(z, c.loss, c.temperature)}
         return {"loss": contrastive_loss(z, c.views, c.temperature, c.positives, c.decoupled)}
@@ -629,11 +631,10 @@ def main(config: Config) -> None:
     architecture = config.encoder, config.stem, config.norm, config.activation
     encoder, feature_dim = build_encoder(*architecture, config.zero_init)
     encoder.to(memory_format=layout(config.machine.device))
-    untrained = copy.deepcopy(encoder)
-    width = config.embedding_dim + config.beside_embedding
-    head = config.hidden_dim, width, config.head_norm or config.norm
+    untrained, beside = copy.deepcopy(encoder), config.beside_embedding
+    head = config.hidden_dim, config.embedding_dim + beside, config.head_norm or config.norm
     model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
-    measured = up_to_layer(encoder, model.projection_head, config.probe_layer)
+    measured = up_to_layer(encoder, model.projection_head, config.probe_layer, beside)
     recorded = load_trained(model, file, beyond_h) if file else None
 
     print_model(model, data, config)

@@ -7,6 +7,7 @@ anyway: each must beat that to be a result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 import functions as fn
 from contrastive.augmentation import random_resized_crop_and_flip
 from contrastive.losses import CERTAIN
-from contrastive.probe import Features, ProbeSettings, probe
-from functions import Subset, UserError, check
+from contrastive.probe import Features, ProbeSettings, probe, take_in
+from functions import ImageDataset, Subset, UserError, check
 
 MOST = 2000  # images that are cropped, blurred, or of another set
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # of an image's area that a crop leaves
@@ -29,6 +30,7 @@ BLURS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # standard deviations, in pixels of an i
 NOISES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)  # the same, in units of 1 = white
 VIEWS = 10  # augmentations that are to agree
 BINS = 15
+MOST_LOG_T = 4.6  # a temperature from 0.01 to 100: of a handful of images any could be best
 
 
 @dataclass
@@ -78,8 +80,10 @@ class Both(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.encoder(x)
-        return torch.cat([h, self.head(h)], dim=1)
+        h = self.encoder(x).float()
+        # In bfloat16 a certainty would have some fifty values.
+        with torch.autocast(h.device.type, enabled=False):
+            return torch.cat([h, self.head(h)], dim=1)
 
 
 def kth_similarity(h: Tensor, bank: Tensor, k: int = 10, block: int = 512) -> Tensor:
@@ -137,10 +141,12 @@ def agreement(views: Tensor) -> Tensor:
 
 @dataclass
 class Afterwards:
-    """Learned on frozen features alone: what predicts the probe's loss, (N, D) -> (N, 1), and the
-    temperature at which the probe's probabilities are right as often as they say."""
+    """Learned on frozen features alone: what predicts a probe's loss, (N, D) -> (N, 1); that probe,
+    which knows one half of the training images; and the temperature at which its probabilities are
+    right as often as they say on the other half."""
 
     order: nn.Module
+    half: nn.Linear
     temperature: float
 
 
@@ -161,7 +167,8 @@ def learn_afterwards(h: Features, settings: ProbeSettings, epochs: int = 20) -> 
 
     torch.manual_seed(settings.seed)
     width = h.train.shape[1]
-    mean, std = h.train.mean(0), h.train.std(0).clamp_min(1e-6)
+    std, mean = torch.std_mean(h.train, dim=0)
+    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature says nothing
     net = nn.Sequential(nn.Linear(width, 128), nn.ReLU(inplace=True), nn.Linear(128, 1))
     x = (h.train[unknown] - mean) / std
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)
@@ -176,11 +183,9 @@ def learn_afterwards(h: Features, settings: ProbeSettings, epochs: int = 20) -> 
             loss.backward()
             optimizer.step()
 
-    with torch.no_grad():  # the standardisation goes into the first layer: h comes as it is
-        first: Any = net[0]
-        first.weight /= std
-        first.bias -= first.weight @ mean
-    return Afterwards(net.requires_grad_(False), best_temperature(logits, labels))
+    first: Any = net[0]
+    take_in(first, mean, std)  # the standardisation goes into it: h comes as it is
+    return Afterwards(net.requires_grad_(False), half, best_temperature(logits, labels))
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -196,7 +201,7 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)
-    return float(log_t.detach().exp())
+    return float(log_t.detach().clamp(-MOST_LOG_T, MOST_LOG_T).nan_to_num(0.0).exp())
 
 
 def calibration(probabilities: Tensor, labels: Tensor) -> tuple[float, list[list[float]]]:
@@ -226,7 +231,8 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
     """The correlation of two orders, (N,) each; None where one of them is none."""
     from scipy.stats import spearmanr
 
-    if len(a.unique()) < 2 or len(b.unique()) < 2:
+    numbers = bool(a.isfinite().all() and b.isfinite().all())
+    if not numbers or len(a.unique()) < 2 or len(b.unique()) < 2:
         return None
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
@@ -242,9 +248,15 @@ def auroc(certainty: Tensor, right: Tensor) -> float | None:
 
 
 def kept_accuracy(certainty: Tensor, right: Tensor) -> Tensor:
-    """Accuracy on the 1, 2, ... N surest images: certainty (N,), right bool (N,) -> (N,)."""
-    order = certainty.argsort(descending=True, stable=True)
-    return right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    """Accuracy on the 1, 2, ... N surest images: certainty (N,), right bool (N,) -> (N,).
+
+    Images that are equally sure come in no order: each counts as their mean.
+    """
+    _, place, count = certainty.unique(return_inverse=True, return_counts=True)
+    of_ties = torch.zeros(len(count), dtype=torch.float64).index_add_(0, place, right.double())
+    expected = (of_ties / count)[place]
+    order = certainty.argsort(descending=True)
+    return expected[order].cumsum(0) / torch.arange(1, len(order) + 1)
 
 
 def aurc(certainty: Tensor, right: Tensor) -> float:
@@ -272,26 +284,26 @@ def nearest_is_alike(h: Tensor, labels: Tensor, block: int = 512) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def cropped(images: Tensor, share: float) -> Tensor:
+def cropped(images: Tensor, by: float) -> Tensor:
     """float32 (B, 3, H, W) in [0, 1] -> the same, enlarged from random crops of such an area."""
-    return random_resized_crop_and_flip(images, images.shape[-1], share, share, 0.0)
+    return random_resized_crop_and_flip(images, images.shape[-1], by, by, 0.0)
 
 
-def blurred(images: Tensor, sigma: float) -> Tensor:
+def blurred(images: Tensor, by: float) -> Tensor:
     from torchvision.transforms.functional import gaussian_blur
 
-    sigma *= images.shape[-1] / 32
+    sigma = by * images.shape[-1] / 32
     if sigma == 0:
         return images
     side = min(2 * int(3 * sigma + 1) + 1, 2 * ((images.shape[-1] - 1) // 2) + 1)
     return gaussian_blur(images, [side, side], [sigma, sigma])
 
 
-def noisy(images: Tensor, deviation: float) -> Tensor:
-    return (images + deviation * torch.randn_like(images)).clamp(0, 1)
+def noisy(images: Tensor, by: float) -> Tensor:
+    return (images + by * torch.randn_like(images)).clamp(0, 1)
 
 
-HARDER: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...], int]] = {
+HARDER: dict[str, tuple[Callable[..., Tensor], tuple[float, ...], int]] = {
     # name: (what makes it so, levels, whether more of it is easier to see)
     "crops": (cropped, SHARES, 1),
     "blur": (blurred, BLURS, -1),
@@ -318,10 +330,15 @@ class Asked:
     people: Tensor | None
     machine: fn.Machine
 
-    def look(self, images: Tensor | Subset) -> Seen:
-        """What the model makes of images."""
+    def look(
+        self, images: Tensor | Subset, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Seen:
+        """What the model makes of images, or of what `change` makes of them, float32 in [0, 1]."""
+        see = self.see
+        if change is not None:
+            see = nn.Sequential(Augmented(lambda images: change(images / 255)), self.see)
         model = Both(self.encoder, self.head) if self.head and self.columns else self.encoder
-        both = fn.extract_features(nn.Sequential(self.see, model), images, self.machine)
+        both = fn.extract_features(nn.Sequential(see, model), images, self.machine)
         if not self.columns:
             return Seen(both)
         width = both.shape[1] - self.columns
@@ -342,14 +359,15 @@ class Asked:
 
 
 class Augmented(nn.Module):
-    """Images as a random view each."""
+    """Images as something else makes them: random views, for example."""
 
     def __init__(self, augment: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.augment = augment
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.augment(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.augment(images)
 
 
 @dataclass
@@ -418,18 +436,16 @@ def measure_certainty(
         asks = {"norm of z": lambda one: norm_of_z(one, asked.loss), **asks}
 
     some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:MOST]
-    plain = images[some] / 255  # float32 in [0, 1]
     torch.manual_seed(seed)
     harder = {
-        name: [asked.look(change(plain, level)) for level in levels]
+        name: [asked.look(images[some], functools.partial(change, by=level)) for level in levels]
         for name, (change, levels, _) in HARDER.items()
     }
     others = {name: asked.look(other) for name, other in asked.others.items()}
 
     values = {name: way(seen) for name, way in asks.items()}
     values = {"agreement of views": asked.agreements(images, seed), **values}
-    logits = classifier(h.test)
-    right = logits.argmax(1) == labels
+    right = classifier(h.test).argmax(1) == labels
     alike = nearest_is_alike(h.test, labels)
     worth, falling = {}, {}
     for name, value in values.items():
@@ -448,8 +464,9 @@ def measure_certainty(
                 found.others[other] = auroc(both, torch.arange(len(both)) < len(value))
         worth[name] = found
 
+    of_half = after.half(h.test)
     errors, bins = zip(
-        *(calibration((logits / t).softmax(1), labels) for t in (1, after.temperature)),
+        *(calibration((of_half / t).softmax(1), labels) for t in (1, after.temperature)),
         strict=True,
     )
     return Certainty(worth, after.temperature, errors, values, right, falling, bins)
@@ -458,8 +475,9 @@ def measure_certainty(
 def mean_ranks(certainties: Tensor, among: Tensor) -> list[float]:
     """Where certainties (levels, n) stand among those of whole images (N,): the mean of each level,
     0 the least sure and 1 the surest."""
-    ranks = torch.searchsorted(among.sort().values, certainties.contiguous()) / len(among)
-    return ranks.mean(1).tolist()
+    order, certainties = among.sort().values, certainties.contiguous()
+    below, up_to = (torch.searchsorted(order, certainties, right=part) for part in (False, True))
+    return ((below + up_to) / (2 * len(among))).mean(1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,7 +490,10 @@ def print_certainty(found: Certainty, held_out: str) -> None:
     others = list(list(found.worth.values())[-1].others)
     rows = [["certainty", "nearest alike", "probe's error", "crops", "blur", "noise"]]
     people = any(one.people is not None for one in found.worth.values())
-    rows[0] += [*(["people"] if people else []), *(f"against {other}" for other in others)]
+    rows[0] += [
+        *(["people"] if people else []),
+        *(f"against {fn.shown(other)}" for other in others),
+    ]
     for name, one in found.worth.items():
         cells = [one.r_auroc, one.aurc, one.crops, one.blur, one.noise]
         cells += [one.people] if people else []
@@ -486,10 +507,10 @@ def print_certainty(found: Certainty, held_out: str) -> None:
         "  crops, blur, noise, people: Spearman with how well an image can be seen, with how much\n"
         f"  people agree; against: AUROC of {held_out} images against those of another set"
     )
-    before, after = found.calibration_error
+    before, after = map(fn.percent, found.calibration_error)
     print(
-        f"  the probe's probabilities are off by {fn.percent(before)}, at temperature "
-        f"{found.temperature:.2f} by {fn.percent(after)} (expected calibration error)\n"
+        f"  a probe on half the labels: its probabilities are off by {before}, and by {after} at\n"
+        f"  temperature {found.temperature:.2f}, of the other half (expected calibration error)\n"
     )
 
 
@@ -517,7 +538,7 @@ def plot_certainty(found: Certainty, file: Path) -> None:
     for bins, title, error in zip(found.bins, titles, found.calibration_error, strict=True):
         label = f"{title}: off by {fn.percent(error)}"
         axes[2].plot(*np.array(bins)[:, :2].T, marker="o", markersize=4, label=label)
-    axes[2].set(title="The probe's probabilities", xlabel="it says", ylabel="it is right")
+    axes[2].set(title="A probe's probabilities", xlabel="it says", ylabel="it is right")
     axes[2].legend(frameon=False, loc="upper left")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -543,9 +564,11 @@ def plot_map(points: np.ndarray, found: Certainty, held_out: str, file: Path) ->
 # ------------------------------------------------------------------------------------------------
 
 
-def load_others(settings: CertaintySettings, size: int) -> dict[str, Tensor]:
-    """{set: up to MOST of its images, uint8 (N, 3, size, size)} of --other_sets. UserError."""
-    found = {}
+def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str, Tensor]:
+    """{set: up to MOST of its images, uint8 (N, 3, H, W), as large as those measured on} of
+    --other_sets, but for the one that is measured on. Raises UserError."""
+    found: dict[str, Tensor] = {}
+    size = measured.train_images.shape[-1]
     draw = torch.Generator().manual_seed(settings.seed)
     for name in (word.strip() for word in settings.other_sets.split(",")):
         if name == "noise":
@@ -553,8 +576,10 @@ def load_others(settings: CertaintySettings, size: int) -> dict[str, Tensor]:
             found[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
             continue
         data = fn.load_dataset(name, settings.data_dir, size, flag="--other_sets")
+        if data.name == measured.name:
+            continue
         images = data.train_images if data.test_images is None else data.test_images
-        found[Path(name).name] = images[torch.randperm(len(images), generator=draw)[:MOST]]
+        found[name] = images[torch.randperm(len(images), generator=draw)[:MOST]]
     return found
 
 
@@ -567,10 +592,11 @@ def load_people(settings: CertaintySettings, images: int, classes: int) -> Tenso
         answers = np.load(settings.human_labels, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise UserError(f"{flag} is no file of numbers .npy: take another") from None
+    check(isinstance(answers, np.ndarray), f"{flag} holds several arrays: save one as .npy")
     shape, fits = (images, classes), answers.dtype.kind in "fiu"
     problem = f"{flag} is {answers.dtype} {answers.shape}, where the test images need {shape}"
     check(fits and answers.shape == shape, f"{problem}: one row for each, in their order")
     people = torch.from_numpy(answers.astype(np.float32))
-    valid = bool((people >= 0).all() and (people.sum(1) > 0).all())
+    valid = bool(people.isfinite().all() and (people >= 0).all() and (people.sum(1) > 0).all())
     check(valid, f"{flag} has rows without an answer, or negative ones: take shares or counts")
     return people / people.sum(1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -31,7 +32,7 @@ from contrastive.few_labels import (
     measure_few_labels,
     print_few_labels,
 )
-from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, finetune
+from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Start, finetune
 from contrastive.looking import Looked, look, plot_surest
 from contrastive.pretrained import encoder_file, has_head, image_side
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
@@ -60,7 +61,10 @@ MEASURING = {"knn", "probe", "finetune"}  # which compare accuracies
 class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     """What to measure, and how."""
 
-    free_on_resume = (*FineTuningSettings.free_on_resume, "evaluate_on")
+    free_on_resume = (
+        *FineTuningSettings.free_on_resume,
+        *("evaluate_on", "other_sets", "human_labels"),
+    )
 
     title: ClassVar[str] = "evaluation"
 
@@ -197,7 +201,10 @@ class Sets:
                 amount.check(labels, measured.classes)
         if "certainty" not in settings.stages_list:
             return Sets(learned, measured)
-        others = load_others(settings, measured.train_images.shape[-1])
+        least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
+        problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
+        check(least > 1, f"{problem}, where certainty needs two of each class")
+        others = load_others(settings, measured)
         _, _, test_images, _ = measured.labelled(settings.set_flag)
         people = load_people(settings, len(test_images), len(measured.classes))
         return Sets(learned, measured, others, people)
@@ -289,8 +296,20 @@ def recalibrate(
     model.cpu()
 
 
-def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int) -> nn.Module:
-    """h itself for layer 0, or what so many linear layers of the head make of it.
+class FirstColumns(nn.Module):
+    """(B, D) -> (B, count)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.count]
+
+
+def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int, beside: int = 0) -> nn.Module:
+    """h itself for layer 0, or what so many linear layers of the head make of it: the last one
+    makes z, and so many columns beside it that are left out.
 
     Images (B, 3, H, W) -> (B, D). A hidden layer is taken after its normalisation and ReLU. Raises
     UserError for more layers than there are.
@@ -301,7 +320,10 @@ def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int) -> nn.Modul
     most = f"the head has {len(linear)} layers, take at most as many"
     check(layer <= len(linear), f"--probe_layer {layer}: {most}")
     end = [*linear, len(head)][layer]  # where the next one stands, or the head's end
-    return nn.Sequential(encoder, *head[:end])
+    if layer < len(linear) or beside == 0:
+        return nn.Sequential(encoder, *head[:end])
+    last: Any = head[linear[-1]]
+    return nn.Sequential(encoder, *head[:end], FirstColumns(last.out_features - beside))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,13 +381,13 @@ class Tuning:
     def run(self, probed: nn.Linear, name: str, keep: Path | None = None) -> FineTuned:
         """Fine-tune on all labelled images, of which `probed` is the linear probe."""
 
-        def start(chosen: Tensor) -> nn.Linear:
+        def start(chosen: Tensor) -> Start:
             if self.scratch or len(chosen) == len(self.h.train):
-                return probed
+                return Start(self.h.train, probed)
             # Some are to choose the epoch: what begins must not know them.
-            fitted = nn.Linear(probed.in_features, probed.out_features)
-            probe(self.h.labelled(chosen), self.settings, fitted)
-            return fitted
+            part, fitted = self.h.labelled(chosen), copy.deepcopy(probed)
+            probe(part, self.settings, fitted)
+            return Start(part.train, fitted)
 
         where = self.folder / name
         what = self.encoder, self.see, self.images, start, self.settings, where

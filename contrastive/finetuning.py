@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import functions as fn
+from contrastive.probe import take_in
 from functions import Batches, Subset
 
 ENOUGH = 100  # labels of each class, of which a tenth can choose an epoch
@@ -148,23 +149,68 @@ class FineTuned:
         return {k: v for k, v in vars(self).items() if k not in ("predicted", "rows")}
 
 
-def network(encoder: nn.Module, start: nn.Linear, kind: str) -> nn.Sequential:
-    """Images (B, 3, H, W) -> logits (B, classes): a copy of the encoder, and what classifies h, the
-    linear layer `start` or as --finetune_head says."""
-    head: nn.Module = copy.deepcopy(start).float()
+class Standardize(nn.Module):
+    """h (B, D) -> (h - mean) / std, as measured on features (N, D).
+
+    h is positive and long. A classifier would mostly learn its mean, and at a usual rate learn more
+    than there is to learn.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("std", features.std(0).clamp_min(0.1 * float(features.std(0).mean())))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h - self.mean) / self.std
+
+
+@dataclass
+class Start:
+    """What a fine-tuning begins with: h of the images it is trained on, float32 (N, D), and the
+    classifier that was fitted to them."""
+
+    h: Tensor
+    classifier: nn.Linear
+
+
+def network(encoder: nn.Module, start: Start, kind: str, scratch: bool) -> nn.Sequential:
+    """Images (B, 3, H, W) -> logits (B, classes): a copy of the encoder, and what classifies its h:
+    a linear layer, or as --finetune_head says. h is standardised unless all begins from scratch."""
+    linear = copy.deepcopy(start.classifier).float()
+    width, classes = linear.in_features, linear.out_features
+    parts = OrderedDict(encoder=copy.deepcopy(encoder), classifier=linear)
+    if scratch:
+        parts["classifier"] = linear = nn.Linear(width, classes)
+    else:
+        standardize = Standardize(start.h)
+        take_in(linear, -standardize.mean / standardize.std, 1 / standardize.std)
+        parts = OrderedDict(encoder=parts["encoder"], standardize=standardize, classifier=linear)
     if kind == "mlp":
-        width, classes = start.in_features, start.out_features
         hidden = nn.Linear(width, width), nn.ReLU(inplace=True)
-        head = nn.Sequential(*hidden, nn.Linear(width, classes))
-    model = nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), classifier=head))
-    return model.train().requires_grad_(True)  # a probe may have left the encoder frozen
+        parts["classifier"] = nn.Sequential(*hidden, nn.Linear(width, classes))
+    return nn.Sequential(parts).train().requires_grad_(True)  # a probe may have frozen the encoder
+
+
+def plain(model: nn.Sequential) -> nn.Sequential:
+    """The same network of an encoder and a classifier alone, which takes h as it is."""
+    parts = OrderedDict(copy.deepcopy(model).named_children())
+    standardize: Any = parts.pop("standardize", None)
+    if standardize is not None:
+        head: Any = parts["classifier"]
+        first = head if isinstance(head, nn.Linear) else head[0]
+        take_in(first, standardize.mean, standardize.std)
+    return nn.Sequential(parts)
 
 
 def finetune(
     encoder: nn.Module,
     see: nn.Module,
     images: Labelled,
-    start: Callable[[Tensor], nn.Linear],
+    start: Callable[[Tensor], Start],
     settings: FineTuningSettings,
     folder: Path,
     *,
@@ -189,11 +235,9 @@ def finetune(
 
     folder.mkdir(parents=True, exist_ok=True)
     chosen, held_out = split(images, settings.seed)
-    first = start(chosen)
+    begin = start(chosen)
     torch.manual_seed(settings.seed)
-    if scratch:
-        first = nn.Linear(first.in_features, first.out_features)
-    model = network(encoder, first, settings.finetune_head)
+    model = network(encoder, begin, settings.finetune_head, scratch)
     train, validation = batches(images, chosen, held_out, settings)
     epochs = max(settings.finetune_epochs, math.ceil(settings.finetune_steps / len(train)))
     rate = settings.finetune_learning_rate * train.batch_size / 256
@@ -207,7 +251,9 @@ def finetune(
     kept = fn.Checkpoints(checkpoints, log, best, settings.checkpoint_every)
     what = settings.machine, settings.seed, epochs, log
     rate_flag, most = "--finetune_learning_rate", settings.max_time
-    choosing: dict[str, Any] = {} if validation else {"limit_val_batches": 0}
+    # A network that is trained already has steep directions: one step too far, and all is lost.
+    choosing: dict[str, Any] = {"gradient_clip_val": 1.0}
+    choosing |= {} if validation else {"limit_val_batches": 0}
     trainer = fn.make_trainer(*what, checkpoint=kept, rate=rate_flag, max_time=most, **choosing)
     fn.fit(trainer, module, checkpoints / "last.ckpt")
     if kept.best_weights is not None:
@@ -215,7 +261,8 @@ def finetune(
 
     found = tested(module, images, log.rows, settings.machine, best)
     if keep is not None:
-        fn.save_torch(keep, {name: value.cpu() for name, value in model.state_dict().items()})
+        state = plain(model).state_dict()
+        fn.save_torch(keep, {name: value.cpu() for name, value in state.items()})
     fn.write_atomically(outcome, json.dumps(vars(found)).encode())
     shutil.rmtree(checkpoints)  # a hundred megabytes, of which all that matters is kept
     return found

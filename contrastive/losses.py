@@ -226,7 +226,7 @@ def mc_infonce_loss(outputs: Tensor, temperature: float) -> Tensor:
     After MCInfoNCE (Kirchhof et al. 2023, arXiv 2302.02865): an image that is ambiguous has many
     embeddings that would do. Each has a direction mu and a concentration kappa here, S samples z
     are drawn of each, and the likelihood that NT-Xent takes the logarithm of is averaged over
-    them. Certainty is kappa.
+    them. Certainty is kappa. Memory grows with S (2N)^2.
     """
     mu, kappa = F.normalize(outputs[:, :-1], dim=1), concentration(outputs)
     return mean_likelihood(power_spherical(mu, kappa, SAMPLES), temperature)
@@ -258,8 +258,10 @@ def power_spherical(mu: Tensor, kappa: Tensor, samples: int) -> Tensor:
     dim = mu.shape[1]
     half = torch.full_like(kappa, (dim - 1) / 2)
     # 1 - t rather than t: near the pole t is 1 but for less than floats tell apart.
-    s = torch.distributions.Beta(half, half + kappa).rsample((samples,)).clamp(1e-12, 1)  # (S, B)
-    around = F.normalize(torch.randn(samples, *mu.shape[:1], dim - 1).to(mu), dim=2)
+    beta = torch.distributions.Beta(half, half + kappa, validate_args=False)
+    s = beta.rsample((samples,)).clamp(1e-12, 1)  # (S, B)
+    normal = torch.randn(samples, len(mu), dim - 1, dtype=mu.dtype, device=mu.device)
+    around = F.normalize(normal, dim=2)
     y = torch.cat([(1 - 2 * s).unsqueeze(2), (2 * (s * (1 - s)).sqrt()).unsqueeze(2) * around], 2)
 
     pole = torch.zeros_like(mu)

@@ -17,7 +17,10 @@ from functions import UserError, check
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
 ARCHITECTURE = ("encoder", "stem", "norm", "activation")
-AS_BEFORE = ("flip",)  # of the views, which are not needed again: what was a mirror image then
+VIEWS = (
+    *("crop_size", "crop_scale", "crop_scale_max", "flip"),
+    *("jitter_strength", "jitter", "grayscale", "blur"),
+)
 HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm", "loss")
 
 
@@ -52,7 +55,7 @@ def run_of(file: Path) -> Path | None:
 
 
 def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
-    """The configuration with the architecture that the run of a checkpoint had, and its flips.
+    """The configuration with the architecture that the run of a checkpoint had, and its views.
 
     head: of its head, too. Raises UserError where a flag says otherwise.
     """
@@ -68,9 +71,7 @@ def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
         given, default = getattr(config, name), getattr(type(config), name)
         problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
         check(given in (value, default), f"{problem}: leave it out")
-    for name in AS_BEFORE:
-        recorded[name] = getattr(trained, name)
-    return replace(config, **recorded)
+    return replace(config, **recorded, **{name: getattr(trained, name) for name in VIEWS})
 
 
 def image_side(file: Path) -> int | None:
@@ -94,7 +95,7 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
 
 def load_model(model: nn.Module, file: Path) -> None:
     """Load encoder and head from a checkpoint of this script, likewise. Raises UserError."""
-    remedy = "give checkpoints/last.ckpt of its run, or leave --probe_layer out"
+    remedy = "give the one in its run's folder, or --loss, --head_layers ... as it was trained"
     load_part(model, file, "model.", f"does not hold this encoder and its head: {remedy}")
 
 
@@ -141,6 +142,10 @@ def load_trained(model: Any, file: Path, head: bool = False) -> fn.Normalize | N
     images, and says so if there is no record of that. Raises UserError."""
     if head:
         load_model(model, file)
+        run = run_of(file)
+        kept = run / "encoder.pt" if run and file.name == "last.ckpt" else None
+        if kept is not None and kept.is_file():
+            load_encoder(model.encoder, kept)  # which pretraining may have left recalibrated
     else:
         load_encoder(model.encoder, file)
     normalize = load_normalize(file)

@@ -161,12 +161,21 @@ def train_probe(
         linear = nn.Linear(scaled.train.shape[1], len(features.classes))
         curves = train_by_sgd(linear, scaled, settings)
 
-    # w (h - mean) / std + b = (w / std) h + (b - (w / std) mean)
+    take_in(linear, mean, std)
     with torch.no_grad():
-        weight = linear.weight / std
-        classifier.weight.copy_(weight)
-        classifier.bias.copy_(linear.bias - weight @ mean.to(weight.dtype))
+        classifier.weight.copy_(linear.weight)
+        classifier.bias.copy_(linear.bias)
     return curves
+
+
+@torch.no_grad()
+def take_in(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Let a layer of (h - mean) / std take h itself, in place; mean, std: (D,).
+
+    w (h - mean) / std + b = (w / std) h + (b - (w / std) mean)
+    """
+    linear.weight.div_(std)
+    linear.bias.sub_(linear.weight @ mean.to(linear.weight.dtype))
 
 
 def train_by_sgd(

@@ -73,9 +73,10 @@ class Run:
         try:
             began_with = json.loads((self.folder / "data.json").read_text("utf-8"))
             pairs = {flag: (began_with, data)}
-            for name, other in data.items():
-                if isinstance(other, dict):  # which was the same set if nothing was noted of it
-                    pairs[name] = began_with.get(name, began_with), other
+            for name in {**began_with, **data}:
+                if isinstance(began_with.get(name, data.get(name)), dict):
+                    # Of which nothing is noted where it is the same set.
+                    pairs[name] = began_with.get(name, began_with), data.get(name, data)
             changed = {
                 name: difference(then, now)
                 for name, (then, now) in pairs.items()

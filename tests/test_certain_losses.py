@@ -10,7 +10,7 @@ from helpers import make_config, randn, user_error
 
 import functions as fn
 import simCLR
-from contrastive import losses
+from contrastive import evaluation, losses
 from contrastive.losses import CERTAIN, certain_loss, mean_likelihood, power_spherical
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -303,6 +303,7 @@ def test_it_is_computed_in_float32_under_autocast(loss):
         ({"views": 4}, "--views"),
         ({"decoupled": True}, "--decoupled"),
         ({"head_layers": 0}, "--head_layers"),
+        ({"embedding_dim": 1}, "--embedding_dim"),
     ],
 )
 @pytest.mark.parametrize("loss", CERTAIN)
@@ -321,6 +322,7 @@ def test_it_trains_is_measured_and_resumes_to_the_bit(loss, image_folder, run_he
     assert (whole.returncode, whole.stderr) == (0, "")
     part = [*flags, "--output_dir", "parts", "--max_time", "00:00:00:01"]
     assert run_here("simCLR.py", *part, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "parts/results.json").exists()  # it has something left to do
     done = run_here("simCLR.py", "--resume", "parts", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     ours, theirs = (
@@ -354,6 +356,33 @@ def test_micro_batches_give_the_same_gradient(loss, monkeypatch):
         seen.append(one_step(module, monkeypatch))
     for name, gradient in seen[0].items():
         torch.testing.assert_close(gradient, seen[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "layers", "columns"), [("tau", 2, 8), ("nt_xent", 0, 512)])
+def test_the_signals_are_of_the_embedding_alone(loss, layers, columns, monkeypatch):
+    """Without what stands beside it, and of all of h where there is no head."""
+    config = make_config(loss=loss, batch_size=4, embedding_dim=8, head_layers=layers)
+    encoder, width = simCLR.build_encoder("resnet18", "imagenet")
+    size = config.embedding_dim + config.beside_embedding
+    model = simCLR.SimCLRModel(encoder, width, 16, size, "batch", layers)
+    module = simCLR.Pretraining(model, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None, config)
+    widths = []
+    monkeypatch.setattr(simCLR.Pretraining, "watch", lambda _, z, views: widths.append(z.shape[1]))
+    one_step(module, monkeypatch)
+    assert widths == [columns]
+
+
+def test_z_is_measured_without_what_stands_beside_it():
+    encoder, width = simCLR.build_encoder("resnet18", "imagenet")
+    model = simCLR.SimCLRModel(encoder, width, 16, 9)
+    x = torch.rand(2, 3, 8, 8)
+    head = model.projection_head
+    whole, z, hidden = (
+        evaluation.up_to_layer(encoder, head, layer, beside).eval()(x)
+        for layer, beside in ((2, 0), (2, 1), (1, 1))
+    )
+    assert torch.equal(z, whole[:, :8])
+    assert (whole.shape[1], hidden.shape[1]) == (9, 16)
 
 
 def one_step(module, monkeypatch):

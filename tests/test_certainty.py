@@ -11,6 +11,7 @@ from helpers import make_config, randn, user_error
 from PIL import Image
 from torch import nn
 
+import functions as fn
 from contrastive import certainty
 from contrastive.certainty import (
     Asked,
@@ -49,6 +50,16 @@ def test_the_surest_are_kept_first():
     assert aurc(RIGHT.double(), RIGHT) < aurc(certainty, RIGHT) < aurc(-RIGHT.double(), RIGHT)
 
 
+def test_images_that_are_equally_sure_come_in_no_order():
+    """A certainty that says nothing keeps the accuracy of all, however the files lie."""
+    same = torch.full((5,), 0.5)
+    assert kept_accuracy(same, RIGHT).tolist() == pytest.approx([0.6] * 5)
+    assert aurc(same, RIGHT) == aurc(same, RIGHT.flip(0)) == pytest.approx(0.4)
+    certainty = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
+    expected = [1, 1, (2 + 1 / 3) / 3, (2 + 2 / 3) / 4, 3 / 5]
+    assert kept_accuracy(certainty, RIGHT).tolist() == pytest.approx(expected)
+
+
 def test_auroc_counts_pairs_and_keeps_its_sign():
     """Of pairs of a right and a wrong one, how often the right one has more."""
     certainty = randn(40)
@@ -68,6 +79,7 @@ def test_spearman_is_the_correlation_of_ranks():
     assert spearman(a, a + b) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
     assert spearman(a, a**3) == pytest.approx(1)
     assert spearman(a, torch.ones(30)) is None
+    assert spearman(a, torch.full((30,), torch.nan)) is None
 
 
 def test_the_nearest_other_image_decides():
@@ -93,6 +105,7 @@ def test_views_that_are_the_same_agree():
 
 
 def test_ranks_are_those_among_whole_images():
+    assert mean_ranks(torch.ones(1, 3), torch.ones(9)) == [0.5]
     among = torch.arange(10.0)
     levels = torch.tensor([[-1.0, 10.0], [4.5, 4.5]])
     assert mean_ranks(levels, among) == pytest.approx([0.5, 0.5])
@@ -150,17 +163,28 @@ def test_what_is_learned_afterwards_knows_where_the_probe_errs():
     assert 0.5 < after.temperature < 2
 
 
-def test_it_is_learned_from_images_that_the_probe_does_not_know(monkeypatch):
-    known = []
-    original = certainty.probe
+def test_it_is_learned_from_images_that_the_probe_does_not_know():
+    """A probe that learns noise by heart is sure of what it knows, and wrong about the rest."""
+    h, labels = randn(200, 300, dtype=torch.float32), torch.arange(200) % 2
+    features = Features(h, labels, h, labels, ("a", "b"))
+    after = learn_afterwards(features, make_config(probe="lbfgs"))
+    right = after.half(h).argmax(1) == labels
+    assert 0.65 < right.double().mean() < 0.85  # all of one half, and half of the other
+    assert after.temperature > 3
 
-    def note(features, *rest):
-        known.append(len(features.train))
-        return original(features, *rest)
 
-    monkeypatch.setattr(certainty, "probe", note)
-    learn_afterwards(blobs(), make_config(probe="lbfgs"))
-    assert known == [300]
+def test_a_feature_that_never_changed_says_nothing():
+    features = blobs()
+    features.train[:, 1] = 0
+    after = learn_afterwards(features, make_config(probe="lbfgs"))
+    one, other = torch.tensor([[1.0, 0.0], [1.0, 50.0]])
+    assert torch.equal(after.order(one), after.order(other))
+
+
+def test_of_a_handful_of_images_any_temperature_could_be_best():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert best_temperature(logits, torch.tensor([1, 0])) == pytest.approx(math.exp(4.6))
+    assert 0.01 <= best_temperature(logits, torch.tensor([0, 1])) < 0.1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,14 +253,17 @@ def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
 
 def test_other_sets_come_at_the_size_of_the_images(image_folder, tmp_path):
     config = make_config(other_sets=f"noise, {image_folder}", data_dir=str(tmp_path))
-    found = load_others(config, 12)
+    digits = fn.load_dataset("digits", tmp_path, 12)
+    found = load_others(config, digits)
     assert {name: tuple(part.shape) for name, part in found.items()} == {
         "noise": (2000, 3, 12, 12),
-        image_folder.name: (24, 3, 12, 12),
+        str(image_folder): (24, 3, 12, 12),
     }
     assert found["noise"].float().mean() == pytest.approx(127.5, abs=1)
+    config.other_sets = "digits"  # no other set than what is measured on
+    assert load_others(config, digits) == {}
     config.other_sets = "nowhere"
-    assert "--other_sets nowhere: no such folder" in user_error(load_others, config, 12)
+    assert "--other_sets nowhere: no such folder" in user_error(load_others, config, digits)
 
 
 def test_answers_of_people_are_shares(tmp_path):
@@ -253,6 +280,7 @@ def test_answers_of_people_are_shares(tmp_path):
         (np.array([[1, -1], [0, 2]]), "negative"),
         (np.array([[0, 0], [0, 2]]), "without an answer"),
         (np.array([[np.nan, 1], [0, 2]]), "without an answer"),
+        (np.array([[np.inf, 1], [0, 2]]), "without an answer"),
         (np.array([["a", "b"], ["c", "d"]]), "need (2, 2)"),
         (np.array([[{}, {}], [{}, {}]]), "no file of numbers"),
         (None, "no file of numbers"),
@@ -294,6 +322,7 @@ def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
     flags += ["--knn_k", 5, "--other_sets", "noise", "--human_labels", "people.npy"]
     train = ["--stem", "imagenet", "--batch_size", 32, "--epochs", 1, "--loss", "tau"]
+    train += ["--crop_scale", 0.7, "--jitter_strength", 1.0, "--flip", 0, "--recalibrate"]
     stages = ["--stages", "pretrain,certainty", "--output_dir", "out"]
     done = run_here("simCLR.py", *flags, *train, *stages, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -315,6 +344,7 @@ def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     for way, worth in found["ways"].items():
         for name in ("aurc", "crops", "blur", "noise"):
             assert measured["ways"][way][name] == pytest.approx(worth[name], abs=1e-6), (way, name)
+    assert measured["ways"]["agreement of views"] == found["ways"]["agreement of views"]
 
     alone = ["--checkpoint", "out/encoder.pt", "--stages", "certainty", "--output_dir", "alone"]
     assert run_here("simCLR.py", *flags, *alone, cwd=tmp_path).returncode == 0

@@ -13,7 +13,7 @@ import simCLR
 from contrastive import finetuning
 from contrastive.evaluation import Tuning, as_shown
 from contrastive.few_labels import Draw
-from contrastive.finetuning import FineTuning, Labelled, batches, finetune, split
+from contrastive.finetuning import FineTuning, Labelled, Start, batches, finetune, split
 from contrastive.probe import Features, probe
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -43,10 +43,10 @@ class See(nn.Module):
         return images / 255
 
 
-def new(chosen: torch.Tensor) -> nn.Linear:
+def new(chosen: torch.Tensor) -> Start:
     """A classifier that has learned nothing."""
     torch.manual_seed(0)
-    return nn.Linear(8, 3)
+    return Start(torch.randn(len(chosen), 8), nn.Linear(8, 3))
 
 
 def tuned(encoder, images, folder, **values):
@@ -102,12 +102,12 @@ def test_it_begins_as_the_linear_probe(tmp_path):
     def start(chosen):
         features = Features(h, images.train_labels, h, images.train_labels, images.classes)
         probe(features, settings(probe="lbfgs"), fitted := nn.Linear(8, 3))
-        return fitted
+        return Start(h, fitted)
 
     still = settings(finetune_learning_rate=1e-12)
     found = finetune(encoder, See(), images, start, still, tmp_path / "x")
     with torch.no_grad():
-        logits = start(torch.arange(60))(encoder.eval()(images.test / 255))
+        logits = start(torch.arange(60)).classifier(encoder.eval()(images.test / 255))
     assert found.predicted == logits.argmax(1).tolist()
     assert len(set(found.predicted)) == 3
 
@@ -144,11 +144,13 @@ def test_the_probe_it_begins_as_does_not_know_the_images_that_choose_the_epoch(
     def note(encoder, see, images, start, *_, **__):
         chosen, held_out = split(images, seed=0)
         assert not set(chosen.tolist()) & set(held_out.tolist())
-        probed, begun[:] = start(chosen), [start(chosen).weight, chosen]
-        return probed
+        begin = start(chosen)
+        begun[:] = [begin.classifier.weight, chosen]
+        assert torch.equal(begin.h, h.train[chosen])
+        return begin.classifier
 
     monkeypatch.setattr("contrastive.evaluation.finetune", note)
-    whole = new(torch.arange(0))
+    whole = new(torch.arange(0)).classifier
     tuning = Tuning(encoder, See(), images, h, settings(probe="lbfgs"), tmp_path)
     probed = tuning.run(whole, "x")
     assert len(begun[1]) == 3 * known
@@ -175,7 +177,7 @@ def test_each_draw_is_a_training_of_its_own(encoder, tmp_path):
     tuning = Tuning(encoder, See(), images, features, settings(), tmp_path)
     everything = torch.arange(60)
     for seed in (0, 1):
-        tuning.on(Draw(everything, seed, f"all-{seed}"), new(everything))
+        tuning.on(Draw(everything, seed, f"all-{seed}"), new(everything).classifier)
     rows = [
         json.loads((tmp_path / name / "outcome.json").read_text())["rows"]
         for name in ("all-0", "all-1")
@@ -192,11 +194,36 @@ def test_from_scratch_the_seed_alone_decides(encoder, tmp_path):
 
         def start(chosen, seed=i):
             torch.manual_seed(seed)
-            return nn.Linear(8, 3)
+            return Start(torch.randn(len(chosen), 8), nn.Linear(8, 3))
 
         outcomes.append(finetune(encoder, See(), images, start, settings(), where, scratch=True))
     losses = [[row["train_loss"] for row in outcome.rows] for outcome in outcomes]
     assert losses[0] == losses[1]
+
+
+def test_no_step_is_longer_than_its_rate(encoder, tmp_path, monkeypatch):
+    """A long gradient, of a classifier that is sure and wrong, is cut to a length of 1."""
+    lengths, steps = [], torch.optim.SGD.step
+
+    def note(optimizer, closure=None):
+        def noted():
+            loss = closure()
+            parts = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            lengths.append(torch.cat([part.flatten() for part in parts]).norm().item())
+            return loss
+
+        return steps(optimizer, noted)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+
+    def wrong(chosen):
+        classifier = nn.Linear(8, 3)
+        with torch.no_grad():
+            classifier.weight.mul_(1000)
+        return Start(torch.randn(len(chosen), 8), classifier)
+
+    finetune(encoder, See(), colours(), wrong, settings(), tmp_path / "x")
+    assert 0.99 < max(lengths) <= 1.001
 
 
 def test_a_head_with_a_hidden_layer(encoder, tmp_path):
@@ -331,7 +358,7 @@ def test_a_wrong_setting_is_named(flag, value):
 def test_finetuned_weights_load_in_torchvision_as_the_page_says(tmp_path, monkeypatch):
     """And the network there says what ours says."""
     encoder, width = simCLR.build_encoder("resnet18", "cifar")
-    start = lambda _: nn.Linear(width, 10)  # noqa: E731
+    start = lambda _: Start(torch.randn(40, width), nn.Linear(width, 10))  # noqa: E731
     images = fn.load_dataset("digits")
     part = Labelled(
         fn.Subset(images.train_images, torch.arange(40)),

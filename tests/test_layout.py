@@ -54,7 +54,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/pretrained.py": set(),
     "contrastive/probe.py": set(),
     "contrastive/few_labels.py": {"probe"},
-    "contrastive/finetuning.py": set(),
+    "contrastive/finetuning.py": {"probe"},
     "contrastive/features.py": set(),
     "contrastive/looking.py": {"probe"},
     "contrastive/certainty.py": {"augmentation", "losses", "probe"},
