@@ -95,7 +95,7 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
 
 def load_model(model: nn.Module, file: Path) -> None:
     """Load encoder and head from a checkpoint of this script, likewise. Raises UserError."""
-    remedy = "give the one in its run's folder, or --loss, --head_layers ... as it was trained"
+    remedy = "give checkpoints/last.ckpt of its run; outside of it, --loss and its head's flags too"
     load_part(model, file, "model.", f"does not hold this encoder and its head: {remedy}")
 
 
