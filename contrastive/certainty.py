@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive.augmentation import random_resized_crop_and_flip
+from contrastive.looking import nearest
 from contrastive.losses import CERTAIN
-from contrastive.probe import Features, ProbeSettings, probe, take_in
+from contrastive.probe import Features, ProbeSettings, probe, standardization, take_in
 from functions import ImageDataset, Subset, UserError, check
 
 MOST = 2000  # images that are cropped, blurred, or of another set
@@ -65,9 +66,6 @@ class Seen:
     h: Tensor
     outputs: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor | slice) -> Seen:
-        return Seen(self.h[rows], None if self.outputs is None else self.outputs[rows])
-
 
 Way = Callable[[Seen], Tensor]  # -> certainties (N,)
 
@@ -88,9 +86,7 @@ class Both(nn.Module):
 
 def kth_similarity(h: Tensor, bank: Tensor, k: int = 10, block: int = 512) -> Tensor:
     """The cosine of each h (N, D) to its k-th nearest row of the bank (M, D): (N,)."""
-    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
-    parts = F.normalize(h, dim=1).split(block)
-    return torch.cat([(part @ bank.T).topk(k, dim=1).values[:, -1] for part in parts])
+    return F.cosine_similarity(h, bank[nearest(h, bank, k, block)[:, -1]])
 
 
 def ways(h: Features, classifier: nn.Linear, after: nn.Module, loss: str) -> dict[str, Way]:
@@ -167,8 +163,7 @@ def learn_afterwards(h: Features, settings: ProbeSettings, epochs: int = 20) -> 
 
     torch.manual_seed(settings.seed)
     width = h.train.shape[1]
-    std, mean = torch.std_mean(h.train, dim=0)
-    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature says nothing
+    mean, std = standardization(h.train)
     net = nn.Sequential(nn.Linear(width, 128), nn.ReLU(inplace=True), nn.Linear(128, 1))
     x = (h.train[unknown] - mean) / std
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4)

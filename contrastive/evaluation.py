@@ -61,10 +61,7 @@ MEASURING = {"knn", "probe", "finetune"}  # which compare accuracies
 class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSettings, fn.RunConfig):
     """What to measure, and how."""
 
-    free_on_resume = (
-        *FineTuningSettings.free_on_resume,
-        *("evaluate_on", "other_sets", "human_labels"),
-    )
+    names_of_data = ("dataset", "evaluate_on", "other_sets", "human_labels")
 
     title: ClassVar[str] = "evaluation"
 

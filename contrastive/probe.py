@@ -147,8 +147,7 @@ def train_probe(
     classifier's weights: still a linear classifier of h, but one learning rate suits every
     encoder. The test curve chooses nothing.
     """
-    std, mean = torch.std_mean(features.train, dim=0)
-    std = torch.where(std > 1e-6, std, torch.inf)  # a constant feature gets the weight 0
+    mean, std = standardization(features.train)
     scaled = replace(
         features, train=(features.train - mean) / std, test=(features.test - mean) / std
     )
@@ -166,6 +165,13 @@ def train_probe(
         classifier.weight.copy_(linear.weight)
         classifier.bias.copy_(linear.bias)
     return curves
+
+
+def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) of each feature, (N, D) -> (D,) each; a constant one is infinitely wide, so that
+    it gets the weight 0."""
+    std, mean = torch.std_mean(features, dim=0)
+    return mean, torch.where(std > 1e-6, std, torch.inf)
 
 
 @torch.no_grad()

@@ -124,9 +124,11 @@ class RunConfig(DataSettings):
     """devices that --accelerator auto passes over"""
     if_memory_runs_out: ClassVar[str] = "take smaller batches, smaller images, or a smaller network"
     """the advice then"""
-    free_on_resume: ClassVar[tuple[str, ...]] = ("dataset", "data_dir")
-    """flags that a resumed run may change: its data may have moved, and whether they are the same
-    their fingerprint tells"""
+    free_on_resume: ClassVar[tuple[str, ...]] = ("data_dir",)
+    """flags that a resumed run may change, and that say nothing about its outcome"""
+    names_of_data: ClassVar[tuple[str, ...]] = ("dataset",)
+    """flags that it may change as well, as its data may have moved: whether they are the same their
+    fingerprint tells"""
 
     output_dir: str | None = None
     """folder for this run's results; unless given, a new one named after script, data set and
@@ -409,7 +411,8 @@ def resumed(
 
     # A second time, with today's words over the saved ones, to see which of them differ.
     given = parser.parse_args([f"--config={text}", *words])
-    free = ("config", *config_class.of_the_session, *config_class.free_on_resume)
+    free = {"config", *config_class.of_the_session, *config_class.free_on_resume}
+    free |= set(config_class.names_of_data)
     changed = [key for key in vars(saved) if key not in free and saved[key] != given[key]]
     may_grow = build(config_class, saved).may_grow
     refused = [key for key in changed if key not in may_grow or given[key] < saved[key]]

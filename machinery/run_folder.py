@@ -53,8 +53,8 @@ class Run:
             return False
         before = load_config(type(self.config), self.folder / "config.yaml")
         # Compared as settings, not as text: an older file may lack what is newer.
-        free = set(self.config.free_on_resume) - {"dataset", "evaluate_on"}
-        before = replace(before, **{name: getattr(self.config, name) for name in free})
+        free = {name: getattr(self.config, name) for name in self.config.free_on_resume}
+        before = replace(before, **free)
         if as_yaml(before) != as_yaml(self.config):
             return False
         print(f"{self.folder} is finished: its results are in {self.folder}/results.json")

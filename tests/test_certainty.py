@@ -346,6 +346,16 @@ def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
             assert measured["ways"][way][name] == pytest.approx(worth[name], abs=1e-6), (way, name)
     assert measured["ways"]["agreement of views"] == found["ways"]["agreement of views"]
 
+    # Resumed with another set, it is not taken for finished.
+    (tmp_path / "b").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"b/{i}.png")
+    more = ["--resume", "again", "--other_sets", "b"]
+    done = run_here("simCLR.py", *more, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    measured = json.loads((tmp_path / "again/results.json").read_text())["certainty"]
+    assert set(measured["ways"]["tau"]["others"]) == {"b"}
+
     alone = ["--checkpoint", "out/encoder.pt", "--stages", "certainty", "--output_dir", "alone"]
     assert run_here("simCLR.py", *flags, *alone, cwd=tmp_path).returncode == 0
     measured = json.loads((tmp_path / "alone/results.json").read_text())["certainty"]

@@ -57,7 +57,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/finetuning.py": {"probe"},
     "contrastive/features.py": set(),
     "contrastive/looking.py": {"probe"},
-    "contrastive/certainty.py": {"augmentation", "losses", "probe"},
+    "contrastive/certainty.py": {"augmentation", "losses", "looking", "probe"},
     "contrastive/explore.py": {"looking"},
     "contrastive/evaluation.py": {
         *("figures", "pretrained", "probe", "few_labels", "finetuning", "looking", "explore"),
