@@ -96,7 +96,8 @@ REASONS = """\
   not N².
 - **Small maps are matrix products** on the CPU (`SmallMapConv2d`): the same result, for most
   shapes at several times the speed.
-- **bfloat16** where the processor computes it fast: CUDA GPUs since Ampere, CPUs with AMX.
+- **bfloat16** where the processor computes it fast: CUDA GPUs since Ampere, CPUs with AMX or
+  AVX512-BF16.
 - On a GPU, not measured yet: channels_last, fused optimizers, TF32 and, if asked, `--compile`.
 """
 

@@ -106,13 +106,15 @@ def note(text: str) -> None:
 def resolve_precision(precision: str, device: str) -> Precision:
     """'fp32', 'bf16' or 'fp16'.
 
-    auto takes bfloat16 where it is fast: on CUDA GPUs since Ampere, and on CPUs with AMX. Raises
-    UserError where the device cannot compute in what was asked for.
+    auto takes bfloat16 where it is fast: on CUDA GPUs since Ampere, and on CPUs that multiply it
+    themselves (AMX, AVX512-BF16). Raises UserError where the device cannot compute in what was
+    asked for.
     """
     has_bf16 = device != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
     if precision == "auto":
-        fast = has_bf16 if device == "cuda" else torch.cpu._is_amx_tile_supported()
-        return "bf16" if fast and device != "mps" else "fp32"
+        multiplies = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = {"cuda": has_bf16, "cpu": multiplies}.get(device, False)
+        return "bf16" if fast else "fp32"
 
     older = "this GPU is older than Ampere and has none: take fp16 or fp32"
     check(precision != "bf16" or has_bf16, f"--precision bf16: {older}")

@@ -543,12 +543,20 @@ def test_a_given_precision_is_taken_everywhere(device, monkeypatch):
 
 
 def test_auto_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
-    assert devices.resolve_precision("auto", "mps") == "fp32"
-    for fast, version, precision in ((True, (9, 0), "bf16"), (False, (7, 5), "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda version=version: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert devices.resolve_precision("auto", "cuda") == "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert devices.resolve_precision("auto", "cuda") == "fp32"
+
+    for amx, avx512, precision in (
+        (True, True, "bf16"),
+        (False, True, "bf16"),
+        (False, False, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         assert devices.resolve_precision("auto", "cpu") == precision
-        assert devices.resolve_precision("auto", "cuda") == precision
+        assert devices.resolve_precision("auto", "mps") == "fp32"
 
 
 @pytest.mark.skipif(
