@@ -45,24 +45,15 @@ from contrastive.augmentation import (
 )
 from contrastive.caching import GradientCache
 from contrastive.certainty import Asked
-from contrastive.evaluation import (
-    EvaluationSettings,
-    Resized,
-    Sets,
-    as_shown,
-    at_learned_size,
-    draw,
-    evaluate,
-    load_sets,
-    recalibrate,
-    up_to_layer,
-)
+from contrastive.evaluation import EvaluationSettings, draw, evaluate
 from contrastive.features import save_features
 from contrastive.lars import LARS
 from contrastive.losses import Loss, certain_loss, contrastive_loss
 from contrastive.plan import print_plan
 from contrastive.pretrained import as_trained, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
+from contrastive.representation import Resized, recalibrate, up_to_layer
+from contrastive.sets import Sets, as_shown, at_learned_size, load_sets
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
 from contrastive.whitening import whiten
@@ -559,7 +550,8 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
 
     encoder = model.get_encoder()
     if config.recalibrate:
-        recalibrate(encoder, module.normalize, data.pretraining_images, config)
+        see = nn.Sequential(module.resize, module.normalize)
+        recalibrate(encoder, see, data.pretraining_images, config)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
     fn.save_torch(folder / "encoder.pt", state)
     pace = statistics.median(row["images_per_second"] for row in log.rows)
@@ -650,14 +642,15 @@ def main(config: Config) -> None:
         if config.stages_list != ["pretrain"]:
             normalize = recorded or fn.Normalize(data.pretraining_images)
             results |= as_shown(config, normalize, sets.measured)
+            see = nn.Sequential(Resized(config.evaluation_size), normalize)
             if pretrained is None and config.recalibrate:
-                recalibrate(encoder, normalize, data.pretraining_images, config)
+                recalibrate(encoder, see, data.pretraining_images, config)
             if config.needs_labels:
                 what = measured, untrained, normalize, sets.measured, config, folder
-                evaluation = evaluate(*what, to_be_asked(model, normalize, sets, config))
+                evaluation = evaluate(*what, to_be_asked(model, see, sets, config))
                 results |= evaluation.results()
             if "features" in config.stages_list:
-                shown = nn.Sequential(Resized(config.evaluation_size), normalize, measured)
+                shown = nn.Sequential(see, measured)
                 save_features(shown, sets.measured, config.machine, folder / "features.npz")
 
         # The numbers first: no figure is worth losing them.
@@ -668,9 +661,7 @@ def main(config: Config) -> None:
             draw(evaluation, config, folder)
 
 
-def to_be_asked(
-    model: SimCLRModel, normalize: fn.Normalize, sets: Sets, config: Config
-) -> Asked | None:
+def to_be_asked(model: SimCLRModel, see: nn.Module, sets: Sets, config: Config) -> Asked | None:
     """What the stage certainty asks how sure it is: views as the last steps of pretraining saw."""
     if "certainty" not in config.stages_list:
         return None
@@ -679,7 +670,7 @@ def to_be_asked(
     return Asked(
         encoder=model.get_encoder(),
         head=model.projection_head if has_head else None,
-        see=nn.Sequential(Resized(config.evaluation_size), normalize),
+        see=see,
         augment=lambda images: random_views(images, config, size, count=1),
         loss=config.loss,
         others=sets.others,

@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,15 +21,22 @@ from contrastive.augmentation import random_resized_crop_and_flip
 from contrastive.looking import nearest
 from contrastive.losses import CERTAIN
 from contrastive.probe import Features, ProbeSettings, probe, standardization, take_in
-from functions import ImageDataset, Subset, UserError, check
+from contrastive.scores import (
+    aurc,
+    auroc,
+    best_temperature,
+    calibration,
+    mean_ranks,
+    nearest_is_alike,
+    spearman,
+)
+from functions import Subset, check
 
 MOST = 2000  # images that are cropped, blurred, or of another set
 SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # of an image's area that a crop leaves
 BLURS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # standard deviations, in pixels of an image 32 a side
 NOISES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)  # the same, in units of 1 = white
 VIEWS = 10  # augmentations that are to agree
-BINS = 15
-MOST_LOG_T = 4.6  # a temperature from 0.01 to 100: of a handful of images any could be best
 
 
 @dataclass
@@ -181,97 +186,6 @@ def learn_afterwards(h: Features, settings: ProbeSettings, epochs: int = 20) -> 
     first: Any = net[0]
     take_in(first, mean, std)  # the standardisation goes into it: h comes as it is
     return Afterwards(net.requires_grad_(False), half, best_temperature(logits, labels))
-
-
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """By which to divide logits (N, K) so that labels (N,) are likeliest (Guo et al. 2017, arXiv
-    1706.04599, Section 4.2)."""
-    log_t = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits / log_t.exp(), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(log_t.detach().clamp(-MOST_LOG_T, MOST_LOG_T).nan_to_num(0.0).exp())
-
-
-def calibration(probabilities: Tensor, labels: Tensor) -> tuple[float, list[list[float]]]:
-    """(expected calibration error, [[confidence, accuracy, share of the images] of each bin]).
-
-    probabilities (N, K). How far, on average, the largest probability is from how often it is right
-    (Guo et al. 2017, Eq. 3), in BINS bins of equal width.
-    """
-    confidence, predicted = probabilities.max(1)
-    right = (predicted == labels).double()
-    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    bins = []
-    for i in range(BINS):
-        inside = place == i
-        if inside.any():
-            mean, accuracy = confidence[inside].double().mean(), right[inside].mean()
-            bins.append([float(mean), float(accuracy), float(inside.double().mean())])
-    return sum(share * abs(mean - accuracy) for mean, accuracy, share in bins), bins
-
-
-# ------------------------------------------------------------------------------------------------
-# Is it right to be?
-# ------------------------------------------------------------------------------------------------
-
-
-def spearman(a: Tensor, b: Tensor) -> float | None:
-    """The correlation of two orders, (N,) each; None where one of them is none."""
-    from scipy.stats import spearmanr
-
-    numbers = bool(a.isfinite().all() and b.isfinite().all())
-    if not numbers or len(a.unique()) < 2 or len(b.unique()) < 2:
-        return None
-    return float(spearmanr(a.numpy(), b.numpy()).statistic)
-
-
-def auroc(certainty: Tensor, right: Tensor) -> float | None:
-    """How often what is right has more certainty than what is wrong: certainty (N,), right bool
-    (N,). 0.5 is chance, below it certainty misleads. None if all are right, or all wrong."""
-    from sklearn.metrics import roc_auc_score
-
-    if right.all() or not right.any() or not certainty.isfinite().all():
-        return None
-    return float(roc_auc_score(right.numpy(), certainty.numpy()))
-
-
-def kept_accuracy(certainty: Tensor, right: Tensor) -> Tensor:
-    """Accuracy on the 1, 2, ... N surest images: certainty (N,), right bool (N,) -> (N,).
-
-    Images that are equally sure come in no order: each counts as their mean.
-    """
-    _, place, count = certainty.unique(return_inverse=True, return_counts=True)
-    of_ties = torch.zeros(len(count), dtype=torch.float64).index_add_(0, place, right.double())
-    expected = (of_ties / count)[place]
-    order = certainty.argsort(descending=True)
-    return expected[order].cumsum(0) / torch.arange(1, len(order) + 1)
-
-
-def aurc(certainty: Tensor, right: Tensor) -> float:
-    """The area under risk over coverage: the mean error of the surest, over how many are kept
-    (Geifman & El-Yaniv 2017, arXiv 1705.08500). The lower the better."""
-    return float(1 - kept_accuracy(certainty, right).mean())
-
-
-def nearest_is_alike(h: Tensor, labels: Tensor, block: int = 512) -> Tensor:
-    """Whether the nearest other image, by cosine, is of the same class: (N, D) -> bool (N,).
-
-    What a certainty is to predict (R-AUROC: Kirchhof et al. 2023, arXiv 2307.03810, Section 3).
-    """
-    unit = F.normalize(h, dim=1)
-    found = []
-    for start in range(0, len(unit), block):
-        similarity = unit[start : start + block] @ unit.T
-        similarity.diagonal(start).fill_(-torch.inf)
-        found.append(similarity.argmax(1))
-    return labels[torch.cat(found)] == labels
 
 
 # ------------------------------------------------------------------------------------------------
@@ -465,133 +379,3 @@ def measure_certainty(
         strict=True,
     )
     return Certainty(worth, after.temperature, errors, values, right, falling, bins)
-
-
-def mean_ranks(certainties: Tensor, among: Tensor) -> list[float]:
-    """Where certainties (levels, n) stand among those of whole images (N,): the mean of each level,
-    0 the least sure and 1 the surest."""
-    order, certainties = among.sort().values, certainties.contiguous()
-    below, up_to = (torch.searchsorted(order, certainties, right=part) for part in (False, True))
-    return ((below + up_to) / (2 * len(among))).mean(1).tolist()
-
-
-# ------------------------------------------------------------------------------------------------
-# For people
-# ------------------------------------------------------------------------------------------------
-
-
-def print_certainty(found: Certainty, held_out: str) -> None:
-    """A row for each way: what it is worth."""
-    others = list(list(found.worth.values())[-1].others)
-    rows = [["certainty", "nearest alike", "probe's error", "crops", "blur", "noise"]]
-    people = any(one.people is not None for one in found.worth.values())
-    rows[0] += [
-        *(["people"] if people else []),
-        *(f"against {fn.shown(other)}" for other in others),
-    ]
-    for name, one in found.worth.items():
-        cells = [one.r_auroc, one.aurc, one.crops, one.blur, one.noise]
-        cells += [one.people] if people else []
-        cells += [one.others.get(other) for other in others]
-        rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
-    print()
-    fn.print_columns(rows)
-    print(
-        "  nearest alike: does it tell where the nearest image is of the same class (AUROC);\n"
-        "  probe's error: its mean over how many of the surest are kept (AURC, better the lower);\n"
-        "  crops, blur, noise, people: Spearman with how well an image can be seen, with how much\n"
-        f"  people agree; against: AUROC of {held_out} images against those of another set"
-    )
-    before, after = map(fn.percent, found.calibration_error)
-    print(
-        f"  a probe on half the labels: its probabilities are off by {before}, and by {after} at\n"
-        f"  temperature {found.temperature:.2f}, of the other half (expected calibration error)\n"
-    )
-
-
-@fn.drawing
-def plot_certainty(found: Certainty, file: Path) -> None:
-    """Is it right to be sure? Accuracy of the surest, certainty under crops, and calibration."""
-    figure, axes = fn.new_figure(16, 4.4, columns=3)
-    for color, (name, value) in enumerate(found.values.items()):
-        curve = kept_accuracy(value, found.right)
-        share = np.arange(1, len(curve) + 1) / len(curve)
-        start = len(curve) // 50  # of a handful, accuracy is noise
-        axes[0].plot(share[start:], curve[start:], color=f"C{color}", label=name)
-        if name in found.falling:
-            axes[1].plot(SHARES, found.falling[name], color=f"C{color}", marker="o", markersize=4)
-    axes[0].set(title="The probe on the surest images", xlabel="share that is kept")
-    axes[0].set_ylabel("accuracy")
-    fn.of_accuracy(axes[0])
-    axes[1].set(title="Under crops", xlabel="share of the image that is left")
-    axes[1].set_ylabel("mean rank among whole images")
-    axes[1].set_xticks(SHARES)
-    axes[1].invert_xaxis()
-
-    axes[2].plot([0, 1], [0, 1], color="lightgrey")
-    titles = ("as it is", f"at temperature {found.temperature:.2f}")
-    for bins, title, error in zip(found.bins, titles, found.calibration_error, strict=True):
-        label = f"{title}: off by {fn.percent(error)}"
-        axes[2].plot(*np.array(bins)[:, :2].T, marker="o", markersize=4, label=label)
-    axes[2].set(title="A probe's probabilities", xlabel="it says", ylabel="it is right")
-    axes[2].legend(frameon=False, loc="upper left")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    fn.save_figure(figure, file)
-
-
-@fn.drawing
-def plot_map(points: np.ndarray, found: Certainty, held_out: str, file: Path) -> None:
-    """The map of the test images, points (N, 2), coloured by how sure the last way is of them."""
-    name, value = list(found.values.items())[-1]
-    ranks = value.argsort().argsort().numpy() / max(1, len(value) - 1)
-    figure, axis = fn.new_figure(7.6, 6)
-    dots = axis.scatter(*points.T, c=ranks, s=fn.dot_size(len(points)), lw=0, cmap="viridis")
-    axis.set(title=f"t-SNE of the {held_out} images: {name}", xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    figure.colorbar(dots, ax=axis, label="rank of its certainty, 1 the surest", shrink=0.6)
-    fn.save_figure(figure, file)
-
-
-# ------------------------------------------------------------------------------------------------
-# What it is asked with
-# ------------------------------------------------------------------------------------------------
-
-
-def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str, Tensor]:
-    """{set: up to MOST of its images, uint8 (N, 3, H, W), as large as those measured on} of
-    --other_sets, but for the one that is measured on. Raises UserError."""
-    found: dict[str, Tensor] = {}
-    size = measured.train_images.shape[-1]
-    draw = torch.Generator().manual_seed(settings.seed)
-    for name in (word.strip() for word in settings.other_sets.split(",")):
-        if name == "noise":
-            shape = (MOST, 3, size, size)
-            found[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-            continue
-        data = fn.load_dataset(name, settings.data_dir, size, flag="--other_sets")
-        if data.name == measured.name:
-            continue
-        images = data.train_images if data.test_images is None else data.test_images
-        found[name] = images[torch.randperm(len(images), generator=draw)[:MOST]]
-    return found
-
-
-def load_people(settings: CertaintySettings, images: int, classes: int) -> Tensor | None:
-    """What people answered, float32 (N, classes), each row to sum to 1. Raises UserError."""
-    if settings.human_labels is None:
-        return None
-    flag = f"--human_labels {settings.human_labels}"
-    try:
-        answers = np.load(settings.human_labels, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        raise UserError(f"{flag} is no file of numbers .npy: take another") from None
-    check(isinstance(answers, np.ndarray), f"{flag} holds several arrays: save one as .npy")
-    shape, fits = (images, classes), answers.dtype.kind in "fiu"
-    problem = f"{flag} is {answers.dtype} {answers.shape}, where the test images need {shape}"
-    check(fits and answers.shape == shape, f"{problem}: one row for each, in their order")
-    people = torch.from_numpy(answers.astype(np.float32))
-    valid = bool(people.isfinite().all() and (people >= 0).all() and (people.sum(1) > 0).all())
-    check(valid, f"{flag} has rows without an answer, or negative ones: take shares or counts")
-    return people / people.sum(1, keepdim=True)

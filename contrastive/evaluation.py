@@ -5,25 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions as fn
 from contrastive import figures
-from contrastive.certainty import (
-    Asked,
-    Certainty,
-    CertaintySettings,
-    load_others,
-    load_people,
-    measure_certainty,
-    plot_certainty,
-    plot_map,
-    print_certainty,
-)
+from contrastive.certainty import Asked, Certainty, CertaintySettings, measure_certainty
 from contrastive.explore import explore
 from contrastive.few_labels import (
     Draw,
@@ -34,9 +23,10 @@ from contrastive.few_labels import (
 )
 from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Start, finetune
 from contrastive.looking import Looked, look, plot_surest
-from contrastive.pretrained import encoder_file, has_head, image_side
+from contrastive.pretrained import encoder_file, has_head
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
-from functions import Batches, ImageDataset, Subset, check
+from contrastive.representation import Resized
+from functions import ImageDataset, Subset, check
 
 STAGES = (
     *("pretrain", "knn", "probe", "finetune"),
@@ -156,171 +146,6 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
     def set_flag(self) -> str:
         """The flag that names the images to measure on."""
         return "--dataset" if self.evaluate_on is None else "--evaluate_on"
-
-
-SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
-
-# ------------------------------------------------------------------------------------------------
-# The images
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sets:
-    """The images to learn from, and those to measure on: the same set without --evaluate_on."""
-
-    learned: ImageDataset
-    measured: ImageDataset
-    others: dict[str, Tensor] = field(default_factory=dict)
-    people: Tensor | None = None
-
-    @property
-    def differ(self) -> bool:
-        return self.learned is not self.measured
-
-    def description(self) -> dict[str, Any]:
-        """What a run notes of them, to tell whether it is resumed on the same."""
-        if not self.differ:
-            return self.learned.description()
-        return {**self.learned.description(), "evaluate_on": self.measured.description()}
-
-    def ready(self, settings: EvaluationSettings) -> Sets:
-        """The same as they are used: with validation images in the place of the test images if
-        --validation_fraction says so. Raises UserError for what cannot be measured on."""
-        learned, measured = self.learned, self.measured
-        if settings.validation_fraction:
-            measured = fn.hold_out(measured, settings.validation_fraction)
-            learned = learned if self.differ else measured
-        if settings.needs_labels:
-            _, labels, _, _ = measured.labelled(settings.set_flag)
-            labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
-            for amount in settings.label_amounts:
-                amount.check(labels, measured.classes)
-        if "certainty" not in settings.stages_list:
-            return Sets(learned, measured)
-        least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
-        problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
-        check(least > 1, f"{problem}, where certainty needs two of each class")
-        others = load_others(settings, measured)
-        _, _, test_images, _ = measured.labelled(settings.set_flag)
-        people = load_people(settings, len(test_images), len(measured.classes))
-        return Sets(learned, measured, others, people)
-
-
-def load_sets(settings: EvaluationSettings, file: Path | None = None) -> Sets:
-    """The sets that the stages need: --dataset, and --evaluate_on where that is another one.
-
-    file: of the encoder, where it was trained before. A folder that is measured on is read as large
-    as the encoder is shown it. Raises UserError.
-    """
-    where, size, other = settings.data_dir, settings.image_size, settings.evaluate_on
-    learned, side = None, image_side(file) if file else None
-    if other is None or "pretrain" in settings.stages_list:
-        learned = fn.load_dataset(settings.dataset, where, size)
-        side = learned.train_images.shape[-1]
-        if other is None:
-            return Sets(learned, learned)
-    shown = settings.evaluation_size or side or 32
-    measured = fn.load_dataset(other, where, size, folder_size=shown, flag="--evaluate_on")
-    if learned is None or measured.fingerprint == learned.fingerprint:
-        return Sets(measured, measured)
-    return Sets(learned, measured)
-
-
-def at_learned_size(settings: SettingsT, sets: Sets, file: Path | None) -> SettingsT:
-    """The settings with --evaluation_size as the encoder's own images had it, for another set's.
-
-    file: the encoder's, where it was trained before.
-    """
-    if settings.evaluate_on is None or settings.evaluation_size is not None:
-        return settings
-    side = image_side(file) if file else sets.learned.train_images.shape[-1]
-    return replace(settings, evaluation_size=side)
-
-
-def as_shown(
-    settings: EvaluationSettings, normalize: fn.Normalize, data: ImageDataset
-) -> dict[str, Any]:
-    """How the encoder was shown the images that it is measured on, for results.json: whoever uses
-    what a run leaves is to show it theirs in the same way."""
-    other = {} if settings.evaluate_on is None else {"evaluated_on": settings.evaluate_on}
-    size = settings.evaluation_size or data.train_images.shape[-1]
-    return {**other, "shown": {"size": size, "normalize": normalize.record()}}
-
-
-# ------------------------------------------------------------------------------------------------
-# The encoder as it is measured
-# ------------------------------------------------------------------------------------------------
-
-
-class Resized(nn.Module):
-    """Images at --evaluation_size: uint8, or float32 in [0, 1], (B, C, H, W) -> float32 in [0, 1]
-    (B, C, side, side), bilinear; None leaves them as they are."""
-
-    def __init__(self, side: int | None) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.side is None or images.shape[-1] == self.side:
-            return images
-        x = images / 255 if images.dtype == torch.uint8 else images
-        size = self.side, self.side
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
-
-
-def recalibrate(
-    encoder: nn.Module,
-    normalize: fn.Normalize,
-    images: Tensor,
-    settings: EvaluationSettings,
-    most: int = 10_000,
-) -> None:
-    """Measure BatchNorm's running statistics anew, in place, on up to `most` of the images.
-
-    uint8 (N, C, H, W). Training has left a moving average over augmented crops, and over an encoder
-    that was still changing. Evaluation shows it whole images (Touvron et al. 2019, arXiv
-    1906.06423, Section 4: what changes with the size of the objects in a picture).
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
-    chosen = order[:most]  # in random order: a batch of one class alone has statistics of its own
-    batches = Batches(Subset(images, chosen), batch_size=min(500, len(chosen)), drop_last=True)
-    machine = settings.machine
-    fn.prepare_device(machine)
-    model = nn.Sequential(Resized(settings.evaluation_size), normalize, encoder).to(machine.device)
-    with machine.autocast():
-        torch.optim.swa_utils.update_bn(batches, model, torch.device(machine.device))
-    model.cpu()
-
-
-class FirstColumns(nn.Module):
-    """(B, D) -> (B, count)."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, : self.count]
-
-
-def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int, beside: int = 0) -> nn.Module:
-    """h itself for layer 0, or what so many linear layers of the head make of it: the last one
-    makes z, and so many columns beside it that are left out.
-
-    Images (B, 3, H, W) -> (B, D). A hidden layer is taken after its normalisation and ReLU. Raises
-    UserError for more layers than there are.
-    """
-    if layer == 0:
-        return encoder
-    linear = [place for place, part in enumerate(head) if isinstance(part, nn.Linear)]
-    most = f"the head has {len(linear)} layers, take at most as many"
-    check(layer <= len(linear), f"--probe_layer {layer}: {most}")
-    end = [*linear, len(head)][layer]  # where the next one stands, or the head's end
-    if layer < len(linear) or beside == 0:
-        return nn.Sequential(encoder, *head[:end])
-    last: Any = head[linear[-1]]
-    return nn.Sequential(encoder, *head[:end], FirstColumns(last.out_features - beside))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -497,7 +322,7 @@ def evaluate(
     certainty = None
     if asked is not None:
         certainty = measure_certainty(asked, images.test, h, classifier.classifier, settings)
-        print_certainty(certainty, settings.held_out)
+        figures.print_certainty(certainty, settings.held_out)
     return Evaluation(measured, h, looked, certainty)
 
 
@@ -621,11 +446,11 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
     if "look" in stages and evaluation.looked is not None:
         look(evaluation.looked, points, seed, folder)
     if evaluation.certainty is not None and evaluation.looked is not None:
-        plot_certainty(evaluation.certainty, folder / "certainty.png")
+        figures.plot_certainty(evaluation.certainty, folder / "certainty.png")
         plot_surest(evaluation.looked, evaluation.certainty.values, folder / "surest.png")
         if points is not None:
             file = folder / "tsne_certainty.png"
-            plot_map(points, evaluation.certainty, settings.held_out, file)
+            figures.plot_certain_map(points, evaluation.certainty, settings.held_out, file)
     if "explore" in stages and evaluation.looked is not None and points is not None:
         title = Path(settings.evaluate_on or settings.dataset).name
         explore(evaluation.looked, points, title, seed, folder / "explore.html")

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functions as fn
+from contrastive.certainty import SHARES, Certainty
 from contrastive.few_labels import FewLabels
+from contrastive.scores import kept_accuracy
 
 
 @fn.drawing
@@ -142,3 +144,82 @@ def tsne_map(h: Tensor, seed: int) -> np.ndarray | None:
         return None
     print(f"t-SNE of {len(h):,} test images", flush=True)
     return tsne_points(h, seed)
+
+
+# ------------------------------------------------------------------------------------------------
+# How sure it is
+# ------------------------------------------------------------------------------------------------
+
+
+def print_certainty(found: Certainty, held_out: str) -> None:
+    """A row for each way: what it is worth."""
+    others = list(list(found.worth.values())[-1].others)
+    rows = [["certainty", "nearest alike", "probe's error", "crops", "blur", "noise"]]
+    people = any(one.people is not None for one in found.worth.values())
+    rows[0] += [
+        *(["people"] if people else []),
+        *(f"against {fn.shown(other)}" for other in others),
+    ]
+    for name, one in found.worth.items():
+        cells = [one.r_auroc, one.aurc, one.crops, one.blur, one.noise]
+        cells += [one.people] if people else []
+        cells += [one.others.get(other) for other in others]
+        rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
+    print()
+    fn.print_columns(rows)
+    print(
+        "  nearest alike: does it tell where the nearest image is of the same class (AUROC);\n"
+        "  probe's error: its mean over how many of the surest are kept (AURC, better the lower);\n"
+        "  crops, blur, noise, people: Spearman with how well an image can be seen, with how much\n"
+        f"  people agree; against: AUROC of {held_out} images against those of another set"
+    )
+    before, after = map(fn.percent, found.calibration_error)
+    print(
+        f"  a probe on half the labels: its probabilities are off by {before}, and by {after} at\n"
+        f"  temperature {found.temperature:.2f}, of the other half (expected calibration error)\n"
+    )
+
+
+@fn.drawing
+def plot_certainty(found: Certainty, file: Path) -> None:
+    """Is it right to be sure? Accuracy of the surest, certainty under crops, and calibration."""
+    figure, axes = fn.new_figure(16, 4.4, columns=3)
+    for color, (name, value) in enumerate(found.values.items()):
+        curve = kept_accuracy(value, found.right)
+        share = np.arange(1, len(curve) + 1) / len(curve)
+        start = len(curve) // 50  # of a handful, accuracy is noise
+        axes[0].plot(share[start:], curve[start:], color=f"C{color}", label=name)
+        if name in found.falling:
+            axes[1].plot(SHARES, found.falling[name], color=f"C{color}", marker="o", markersize=4)
+    axes[0].set(title="The probe on the surest images", xlabel="share that is kept")
+    axes[0].set_ylabel("accuracy")
+    fn.of_accuracy(axes[0])
+    axes[1].set(title="Under crops", xlabel="share of the image that is left")
+    axes[1].set_ylabel("mean rank among whole images")
+    axes[1].set_xticks(SHARES)
+    axes[1].invert_xaxis()
+
+    axes[2].plot([0, 1], [0, 1], color="lightgrey")
+    titles = ("as it is", f"at temperature {found.temperature:.2f}")
+    for bins, title, error in zip(found.bins, titles, found.calibration_error, strict=True):
+        label = f"{title}: off by {fn.percent(error)}"
+        axes[2].plot(*np.array(bins)[:, :2].T, marker="o", markersize=4, label=label)
+    axes[2].set(title="A probe's probabilities", xlabel="it says", ylabel="it is right")
+    axes[2].legend(frameon=False, loc="upper left")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    fn.save_figure(figure, file)
+
+
+@fn.drawing
+def plot_certain_map(points: np.ndarray, found: Certainty, held_out: str, file: Path) -> None:
+    """The map of the test images, points (N, 2), coloured by how sure the last way is of them."""
+    name, value = list(found.values.items())[-1]
+    ranks = value.argsort().argsort().numpy() / max(1, len(value) - 1)
+    figure, axis = fn.new_figure(7.6, 6)
+    dots = axis.scatter(*points.T, c=ranks, s=fn.dot_size(len(points)), lw=0, cmap="viridis")
+    axis.set(title=f"t-SNE of the {held_out} images: {name}", xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    figure.colorbar(dots, ax=axis, label="rank of its certainty, 1 the surest", shrink=0.6)
+    fn.save_figure(figure, file)

@@ -10,7 +10,7 @@ from helpers import make_config, randn, user_error
 
 import functions as fn
 import simCLR
-from contrastive import evaluation, losses
+from contrastive import losses, representation
 from contrastive.losses import CERTAIN, certain_loss, mean_likelihood, power_spherical
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -378,7 +378,7 @@ def test_z_is_measured_without_what_stands_beside_it():
     x = torch.rand(2, 3, 8, 8)
     head = model.projection_head
     whole, z, hidden = (
-        evaluation.up_to_layer(encoder, head, layer, beside).eval()(x)
+        representation.up_to_layer(encoder, head, layer, beside).eval()(x)
         for layer, beside in ((2, 0), (2, 1), (1, 1))
     )
     assert torch.equal(z, whole[:, :8])

@@ -17,21 +17,22 @@ from contrastive.certainty import (
     Asked,
     Seen,
     agreement,
+    kth_similarity,
+    learn_afterwards,
+    measure_certainty,
+)
+from contrastive.probe import Features
+from contrastive.scores import (
     aurc,
     auroc,
     best_temperature,
     calibration,
     kept_accuracy,
-    kth_similarity,
-    learn_afterwards,
-    load_others,
-    load_people,
     mean_ranks,
-    measure_certainty,
     nearest_is_alike,
     spearman,
 )
-from contrastive.probe import Features
+from contrastive.sets import load_others, load_people
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 

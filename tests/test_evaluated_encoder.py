@@ -12,7 +12,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive.evaluation import Resized, recalibrate, up_to_layer
+from contrastive.representation import Resized, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
 SHORT = [
@@ -165,7 +165,7 @@ def test_statistics_anew_are_those_of_the_images(encoder, size):
     normalize = fn.Normalize(images)
     encoder[1].running_mean.fill_(7.0)
     before = cloned_state(encoder)
-    recalibrate(encoder, normalize, images, make_config(evaluation_size=size))
+    recalibrate(encoder, nn.Sequential(Resized(size), normalize), images, make_config())
 
     x = images / 255
     x = x if size is None else F.interpolate(x, (size, size), mode="bilinear", antialias=True)

@@ -43,7 +43,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/augmentation.py": set(),
     "contrastive/small_maps.py": set(),
     "contrastive/signals.py": set(),
-    "contrastive/figures.py": {"few_labels"},
+    "contrastive/figures.py": {"few_labels", "certainty", "scores"},
     "contrastive/caching.py": set(),
     "contrastive/losses.py": set(),
     "contrastive/lars.py": set(),
@@ -57,12 +57,15 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/finetuning.py": {"probe"},
     "contrastive/features.py": set(),
     "contrastive/looking.py": {"probe"},
-    "contrastive/certainty.py": {"augmentation", "losses", "looking", "probe"},
+    "contrastive/representation.py": set(),
+    "contrastive/scores.py": set(),
+    "contrastive/certainty.py": {"augmentation", "losses", "looking", "probe", "scores"},
     "contrastive/explore.py": {"looking"},
     "contrastive/evaluation.py": {
         *("figures", "pretrained", "probe", "few_labels", "finetuning", "looking", "explore"),
-        "certainty",
+        *("certainty", "representation"),
     },
+    "contrastive/sets.py": {"certainty", "evaluation", "pretrained"},
 }
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import functions as fn
 import simCLR
-from contrastive import evaluation, figures, looking
+from contrastive import evaluation, figures, looking, sets
 from contrastive.looking import Cell, Looked
 from contrastive.probe import Features
 
@@ -376,16 +376,16 @@ def test_the_same_set_under_another_name_is_one_set(image_folder, tmp_path):
         dataset=str(image_folder), evaluate_on=str(there), data_dir=str(tmp_path), image_size=8,
         validation_fraction=0.2,
     )  # fmt: skip
-    sets = evaluation.load_sets(config).ready(config)
-    assert not sets.differ
-    assert len(sets.learned.train_images) == 240
+    both = sets.load_sets(config).ready(config)
+    assert not both.differ
+    assert len(both.learned.train_images) == 240
     other = simCLR.Config(
         dataset=str(image_folder), evaluate_on="digits", data_dir=str(tmp_path), image_size=8,
         validation_fraction=0.2,
     )  # fmt: skip
-    sets = evaluation.load_sets(other).ready(other)
-    assert sets.differ
-    assert len(sets.learned.train_images) == 300
+    both = sets.load_sets(other).ready(other)
+    assert both.differ
+    assert len(both.learned.train_images) == 300
 
 
 def test_one_image_has_features(pretrained, run_here, tmp_path):

@@ -1,0 +1,79 @@
+"""What is measured: h, or a layer of the head behind it, of images at the size of evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import functions as fn
+from functions import Batches, Subset, check
+
+
+class Resized(nn.Module):
+    """Images at --evaluation_size: uint8, or float32 in [0, 1], (B, C, H, W) -> float32 in [0, 1]
+    (B, C, side, side), bilinear; None leaves them as they are."""
+
+    def __init__(self, side: int | None) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.side is None or images.shape[-1] == self.side:
+            return images
+        x = images / 255 if images.dtype == torch.uint8 else images
+        size = self.side, self.side
+        return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def recalibrate(
+    encoder: nn.Module, see: nn.Module, images: Tensor, config: fn.RunConfig, most: int = 10_000
+) -> None:
+    """Measure BatchNorm's running statistics anew, in place, on up to `most` of the images.
+
+    images: uint8 (N, C, H, W); see: how evaluation shows them, (B, C, H, W) -> float32. Training
+    has left a moving average over augmented crops, and over an encoder that was still changing.
+    Evaluation shows it whole images (Touvron et al. 2019, arXiv 1906.06423, Section 4: what changes
+    with the size of the objects in a picture).
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    chosen = order[:most]  # in random order: a batch of one class alone has statistics of its own
+    batches = Batches(Subset(images, chosen), batch_size=min(500, len(chosen)), drop_last=True)
+    machine = config.machine
+    fn.prepare_device(machine)
+    model = nn.Sequential(see, encoder).to(machine.device)
+    with machine.autocast():
+        torch.optim.swa_utils.update_bn(batches, model, torch.device(machine.device))
+    model.cpu()
+
+
+class FirstColumns(nn.Module):
+    """(B, D) -> (B, count)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.count]
+
+
+def up_to_layer(encoder: nn.Module, head: nn.Sequential, layer: int, beside: int = 0) -> nn.Module:
+    """h itself for layer 0, or what so many linear layers of the head make of it: the last one
+    makes z, and so many columns beside it that are left out.
+
+    Images (B, 3, H, W) -> (B, D). A hidden layer is taken after its normalisation and ReLU. Raises
+    UserError for more layers than there are.
+    """
+    if layer == 0:
+        return encoder
+    linear = [place for place, part in enumerate(head) if isinstance(part, nn.Linear)]
+    most = f"the head has {len(linear)} layers, take at most as many"
+    check(layer <= len(linear), f"--probe_layer {layer}: {most}")
+    end = [*linear, len(head)][layer]  # where the next one stands, or the head's end
+    if layer < len(linear) or beside == 0:
+        return nn.Sequential(encoder, *head[:end])
+    last: Any = head[linear[-1]]
+    return nn.Sequential(encoder, *head[:end], FirstColumns(last.out_features - beside))

@@ -1,0 +1,145 @@
+"""Which images are learned from, which are measured on, and beside which others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import functions as fn
+from contrastive.certainty import MOST, CertaintySettings
+from contrastive.evaluation import EvaluationSettings
+from contrastive.pretrained import image_side
+from functions import ImageDataset, UserError, check
+
+SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
+
+
+@dataclass
+class Sets:
+    """The images to learn from, and those to measure on: the same set without --evaluate_on."""
+
+    learned: ImageDataset
+    measured: ImageDataset
+    others: dict[str, Tensor] = field(default_factory=dict)
+    people: Tensor | None = None
+
+    @property
+    def differ(self) -> bool:
+        return self.learned is not self.measured
+
+    def description(self) -> dict[str, Any]:
+        """What a run notes of them, to tell whether it is resumed on the same."""
+        if not self.differ:
+            return self.learned.description()
+        return {**self.learned.description(), "evaluate_on": self.measured.description()}
+
+    def ready(self, settings: EvaluationSettings) -> Sets:
+        """The same as they are used: with validation images in the place of the test images if
+        --validation_fraction says so. Raises UserError for what cannot be measured on."""
+        learned, measured = self.learned, self.measured
+        if settings.validation_fraction:
+            measured = fn.hold_out(measured, settings.validation_fraction)
+            learned = learned if self.differ else measured
+        if settings.needs_labels:
+            _, labels, _, _ = measured.labelled(settings.set_flag)
+            labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
+            for amount in settings.label_amounts:
+                amount.check(labels, measured.classes)
+        if "certainty" not in settings.stages_list:
+            return Sets(learned, measured)
+        least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
+        problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
+        check(least > 1, f"{problem}, where certainty needs two of each class")
+        others = load_others(settings, measured)
+        _, _, test_images, _ = measured.labelled(settings.set_flag)
+        people = load_people(settings, len(test_images), len(measured.classes))
+        return Sets(learned, measured, others, people)
+
+
+def load_sets(settings: EvaluationSettings, file: Path | None = None) -> Sets:
+    """The sets that the stages need: --dataset, and --evaluate_on where that is another one.
+
+    file: of the encoder, where it was trained before. A folder that is measured on is read as large
+    as the encoder is shown it. Raises UserError.
+    """
+    where, size, other = settings.data_dir, settings.image_size, settings.evaluate_on
+    learned, side = None, image_side(file) if file else None
+    if other is None or "pretrain" in settings.stages_list:
+        learned = fn.load_dataset(settings.dataset, where, size)
+        side = learned.train_images.shape[-1]
+        if other is None:
+            return Sets(learned, learned)
+    shown = settings.evaluation_size or side or 32
+    measured = fn.load_dataset(other, where, size, folder_size=shown, flag="--evaluate_on")
+    if learned is None or measured.fingerprint == learned.fingerprint:
+        return Sets(measured, measured)
+    return Sets(learned, measured)
+
+
+def at_learned_size(settings: SettingsT, sets: Sets, file: Path | None) -> SettingsT:
+    """The settings with --evaluation_size as the encoder's own images had it, for another set's.
+
+    file: the encoder's, where it was trained before.
+    """
+    if settings.evaluate_on is None or settings.evaluation_size is not None:
+        return settings
+    side = image_side(file) if file else sets.learned.train_images.shape[-1]
+    return replace(settings, evaluation_size=side)
+
+
+def as_shown(
+    settings: EvaluationSettings, normalize: fn.Normalize, data: ImageDataset
+) -> dict[str, Any]:
+    """How the encoder was shown the images that it is measured on, for results.json: whoever uses
+    what a run leaves is to show it theirs in the same way."""
+    other = {} if settings.evaluate_on is None else {"evaluated_on": settings.evaluate_on}
+    size = settings.evaluation_size or data.train_images.shape[-1]
+    return {**other, "shown": {"size": size, "normalize": normalize.record()}}
+
+
+# ------------------------------------------------------------------------------------------------
+# Beside what certainty is measured
+# ------------------------------------------------------------------------------------------------
+
+
+def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str, Tensor]:
+    """{set: up to MOST of its images, uint8 (N, 3, H, W), as large as those measured on} of
+    --other_sets, but for the one that is measured on. Raises UserError."""
+    found: dict[str, Tensor] = {}
+    size = measured.train_images.shape[-1]
+    draw = torch.Generator().manual_seed(settings.seed)
+    for name in (word.strip() for word in settings.other_sets.split(",")):
+        if name == "noise":
+            shape = (MOST, 3, size, size)
+            found[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+            continue
+        data = fn.load_dataset(name, settings.data_dir, size, flag="--other_sets")
+        if data.name == measured.name:
+            continue
+        images = data.train_images if data.test_images is None else data.test_images
+        found[name] = images[torch.randperm(len(images), generator=draw)[:MOST]]
+    return found
+
+
+def load_people(settings: CertaintySettings, images: int, classes: int) -> Tensor | None:
+    """What people answered, float32 (N, classes), each row to sum to 1. Raises UserError."""
+    if settings.human_labels is None:
+        return None
+    flag = f"--human_labels {settings.human_labels}"
+    try:
+        answers = np.load(settings.human_labels, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{flag} is no file of numbers .npy: take another") from None
+    check(isinstance(answers, np.ndarray), f"{flag} holds several arrays: save one as .npy")
+    shape, fits = (images, classes), answers.dtype.kind in "fiu"
+    problem = f"{flag} is {answers.dtype} {answers.shape}, where the test images need {shape}"
+    check(fits and answers.shape == shape, f"{problem}: one row for each, in their order")
+    people = torch.from_numpy(answers.astype(np.float32))
+    valid = bool(people.isfinite().all() and (people >= 0).all() and (people.sum(1) > 0).all())
+    check(valid, f"{flag} has rows without an answer, or negative ones: take shares or counts")
+    return people / people.sum(1, keepdim=True)
