@@ -31,6 +31,7 @@ from images.sets import (  # noqa: F401
     ImageDataset,
     complement,
     hold_out,
+    leave_out,
     load_dataset,
     per_class_subset,
     stratified_split,

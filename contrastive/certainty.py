@@ -48,15 +48,27 @@ class CertaintySettings(ProbeSettings):
     other_sets: str = "digits,noise"
     """what the encoder is to be less sure of than of the test images: sets or folders, with commas
     between; noise is uniform"""
+    without_classes: str | None = None
+    """classes, with commas between, that neither the encoder nor the probe is to see: their test
+    images are another set, too"""
     human_labels: str | None = None
     """a file .npy of what people answered: shares of them (N, classes), in the order of the test
     images"""
 
     def validate(self) -> None:
         super().validate()
-        self.require("other_sets human_labels", fn.UTF_8)
+        self.require("other_sets without_classes human_labels", fn.UTF_8)
         named = all(name.strip() for name in self.other_sets.split(","))
         check(named, f"--other_sets {self.other_sets!r}: name sets with commas between")
+        named = bool(self.left_out) or self.without_classes is None
+        check(named, f"--without_classes {self.without_classes!r}: name classes, or leave it out")
+        all_ = self.human_labels is None or not self.left_out
+        check(all_, "--human_labels are of all classes: leave --without_classes out")
+
+    @property
+    def left_out(self) -> list[str]:
+        """The classes of --without_classes."""
+        return [name.strip() for name in (self.without_classes or "").split(",") if name.strip()]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -40,11 +40,16 @@ class Sets:
 
     def ready(self, settings: EvaluationSettings) -> Sets:
         """The same as they are used: with validation images in the place of the test images if
-        --validation_fraction says so. Raises UserError for what cannot be measured on."""
+        --validation_fraction says so, and without some classes. Raises UserError for what cannot be
+        measured on."""
         learned, measured = self.learned, self.measured
         if settings.validation_fraction:
             measured = fn.hold_out(measured, settings.validation_fraction)
-            learned = learned if self.differ else measured
+        unseen: dict[str, Any] = {}
+        if settings.left_out:
+            measured, of_those = fn.leave_out(measured, settings.left_out)
+            unseen = {"classes left out": of_those[:]}
+        learned = learned if self.differ else measured
         if settings.needs_labels:
             _, labels, _, _ = measured.labelled(settings.set_flag)
             labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
@@ -55,7 +60,7 @@ class Sets:
         least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
         problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
         check(least > 1, f"{problem}, where certainty needs two of each class")
-        others = load_others(settings, measured)
+        others = unseen | load_others(settings, measured)
         _, _, test_images, _ = measured.labelled(settings.set_flag)
         people = load_people(settings, len(test_images), len(measured.classes))
         return Sets(learned, measured, others, people)

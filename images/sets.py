@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,33 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
         parts[f"{name}_images"] = Subset(data.train_images, part)  # nothing is copied
         parts[f"{name}_labels"] = labels[part]
     return replace(data, **parts)
+
+
+def leave_out(
+    data: ImageDataset, names: Sequence[str], flag: str = "--without_classes"
+) -> tuple[ImageDataset, Subset]:
+    """(the set without some of its classes, the test images of those).
+
+    What has no label stays: nobody knows of what class it is. Raises UserError, which names the
+    flag, for a class that there is none of, or unless two classes are left.
+    """
+    train_images, train_labels, test_images, test_labels = data.labelled()
+    unknown = ", ".join(name for name in names if name not in data.classes)
+    check(not unknown, f"{flag}: {data.name} has no class {unknown}, but {', '.join(data.classes)}")
+    kept = [place for place, name in enumerate(data.classes) if name not in names]
+    check(len(kept) > 1, f"{flag} leaves {len(kept)} class of {data.name}: leave two at least")
+    numbers = torch.full((len(data.classes),), -1)  # of each class, the new one
+    numbers[kept] = torch.arange(len(kept))
+
+    parts: dict[str, Any] = {"files": {}, "classes": tuple(data.classes[place] for place in kept)}
+    both = (("train", train_images, train_labels), ("test", test_images, test_labels))
+    for name, images, labels in both:
+        paths, chosen = data.names(name), (numbers[labels] >= 0).nonzero().flatten()
+        parts["files"][name] = [paths[i] for i in chosen.tolist()]
+        parts[f"{name}_images"] = Subset(images, chosen)
+        parts[f"{name}_labels"] = numbers[labels[chosen]]
+    gone = (numbers[test_labels] < 0).nonzero().flatten()
+    return replace(data, **parts), Subset(test_images, gone)
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import functions as fn
+import simCLR
 from contrastive import certainty
 from contrastive.certainty import (
     Asked,
@@ -32,7 +33,7 @@ from contrastive.scores import (
     nearest_is_alike,
     spearman,
 )
-from contrastive.sets import load_others, load_people
+from contrastive.sets import load_others, load_people, load_sets
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
@@ -306,6 +307,8 @@ def test_answers_that_are_none_are_refused(answers, words, tmp_path):
         ({"human_labels": "a.npy"}, "--human_labels"),
         ({"human_labels": "a.npy", "validation_fraction": 0.1}, "--human_labels"),
         ({"probe_layer": 1}, "--probe_layer"),
+        ({"without_classes": " ,"}, "--without_classes"),
+        ({"without_classes": "cat", "human_labels": "a.npy"}, "--without_classes"),
     ],
 )
 def test_what_cannot_be_asked_is_said(values, flag):
@@ -361,6 +364,57 @@ def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     assert run_here("simCLR.py", *flags, *alone, cwd=tmp_path).returncode == 0
     measured = json.loads((tmp_path / "alone/results.json").read_text())["certainty"]
     assert set(measured["ways"]) == COMMON
+
+
+def test_classes_that_are_left_out_are_in_no_part():
+    """The others keep their images and names; the test images of those are returned."""
+    data = fn.load_dataset("digits")
+    rest, gone = fn.leave_out(data, ["3", "0"])
+    assert rest.classes == ("1", "2", "4", "5", "6", "7", "8", "9")
+    for part in ("train", "test"):
+        images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+        kept = (labels != 3) & (labels != 0)
+        assert torch.equal(getattr(rest, f"{part}_images")[:], images[kept])
+        new = [data.classes.index(rest.classes[c]) for c in getattr(rest, f"{part}_labels")]
+        assert new == labels[kept].tolist()
+        assert rest.names(part) == [
+            name for name, yes in zip(data.names(part), kept, strict=True) if yes
+        ]
+    assert torch.equal(gone[:], data.test_images[(data.test_labels == 3) | (data.test_labels == 0)])
+    assert torch.equal(rest.pretraining_images[:], rest.train_images[:])
+
+    assert "no class cat, dog, but 0, 1" in user_error(fn.leave_out, data, ["cat", "1", "dog"])
+    assert "leaves 1 class" in user_error(fn.leave_out, data, list("012345678"))
+
+
+def test_validation_leaves_the_test_images_of_classes_left_out_alone(tmp_path):
+    flags = {"dataset": "digits", "data_dir": str(tmp_path), "without_classes": "3, 0"}
+    config = simCLR.Config(**flags, stages="pretrain,certainty", validation_fraction=0.25)
+    config.other_sets = "noise"
+    sets = load_sets(config).ready(config)
+    assert list(sets.others) == ["classes left out", "noise"]
+    held = fn.hold_out(fn.load_dataset("digits"), 0.25)
+    unseen = held.test_images[:][(held.test_labels == 3) | (held.test_labels == 0)]
+    assert torch.equal(sets.others["classes left out"], unseen)
+    assert len(sets.measured.classes) == 8
+
+
+def test_end_to_end_without_a_class(image_folder, run_here, tmp_path):
+    """A class that nothing has seen, asked beside the others."""
+    flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
+    flags += ["--other_sets", "noise", "--stem", "imagenet", "--batch_size", 32, "--epochs", 1]
+    flags += ["--stages", "pretrain,knn,certainty", "--knn_k", 5, "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, "--without_classes", "green", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "200 images of 8 pixels for pretraining" in done.stdout
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(found["probe"]["per_class"]) == {"red", "blue"}
+    others = found["certainty"]["ways"]["probe's softmax"]["others"]
+    assert set(others) == {"classes left out", "noise"}
+    wrong = run_here("simCLR.py", *flags[:-1], "b", "--without_classes", "pink", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "--without_classes" in wrong.stderr
 
 
 def test_harder_images_are_what_they_are_called():

@@ -114,6 +114,25 @@ def test_two_processes_are_one_with_four_views_too(more, run, tmp_path):
     assert float((ours - whole).norm() / whole.norm()) < (0.1 if "bf16" in more else 1e-5)
 
 
+@pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["latent_class", "tau", "mc_infonce", "kappa"])
+def test_two_processes_are_one_with_losses_that_learn_certainty(kind, run, tmp_path):
+    """Also what stands beside the embedding is gathered. Samples are drawn by each process."""
+    flags = [*ONE_STEP, *PLAIN, "--loss", kind, "--stages", "pretrain", "--seed", 1]
+    for name, devices in (("one", 1), ("two", 2)):
+        batch = ["--batch_size", 720 // devices, "--devices", devices]
+        done = run("simCLR.py", *flags, *batch, "--output_dir", name, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    drawn = kind == "mc_infonce"
+    whole, ours = gradient(tmp_path / "one"), gradient(tmp_path / "two")
+    assert loss(tmp_path / "two") == pytest.approx(
+        loss(tmp_path / "one"), rel=1e-2 if drawn else 1e-5
+    )
+    assert float((ours - whole).norm() / whole.norm()) < (0.3 if drawn else 1e-5)
+
+
 def torchrun(nodes, port, flags, cwd):
     """Start `torchrun` for one of the nodes, with one process; all nodes are this machine."""
     words = ["--nnodes", nodes, "--nproc_per_node", 1]
