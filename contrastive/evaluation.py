@@ -453,7 +453,8 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
             figures.plot_certain_map(points, evaluation.certainty, settings.held_out, file)
     if "explore" in stages and evaluation.looked is not None and points is not None:
         title = Path(settings.evaluate_on or settings.dataset).name
-        explore(evaluation.looked, points, title, seed, folder / "explore.html")
+        sure = evaluation.certainty.values if evaluation.certainty else None
+        explore(evaluation.looked, points, title, seed, folder / "explore.html", sure)
     there = [str(folder / name) for name in OPEN_FIRST if (folder / name).is_file()]
     if there:
         print(f"to open first: {', '.join(there[:3])}")

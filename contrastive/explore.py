@@ -56,6 +56,20 @@ count.text = `${shown.booleans.filter(Boolean).length} of ${d.file.length} image
 dots.change.emit()
 """
 
+# What a colour says: a class, or how sure a way is among the test images.
+COLOUR = """
+const way = cb_obj.value, d = dots.data, of_class = way == classes
+if (!of_class) d.colour = d.label.map((_, i) => scale[ranks[way][i]])
+renderers.forEach((renderer, label) => {
+    const colour = of_class ? {value: palette[label]} : {field: "colour"}
+    for (const glyph of [renderer.glyph, renderer.selection_glyph, renderer.nonselection_glyph])
+        if (glyph != null && glyph.fill_color !== undefined) glyph.fill_color = colour
+})
+meaning.text = of_class ? "" : "violet: the least sure, yellow: the surest"
+dots.change.emit()
+"""
+CLASSES = "the class"
+
 TOOLTIP = """
 <div style="display: flex; gap: 8px">
   <div style="width: 64px; height: 64px; image-rendering: pixelated;
@@ -87,13 +101,19 @@ click on a class hides it.</p>
 
 @fn.drawing
 def explore(
-    looked: Looked, points: np.ndarray, title: str, seed: int, file: Path, most: int = MOST
+    looked: Looked,
+    points: np.ndarray,
+    title: str,
+    seed: int,
+    file: Path,
+    certainties: dict[str, Tensor] | None = None,
+    most: int = MOST,
 ) -> None:
     """Leave a page that opens from disk: the map of up to `most` test images, points (N, 2).
 
     Pointing at a dot shows its image, class and prediction, a click its nearest training images;
     classes are hidden by a click on the legend, and right ones by a button; file names are
-    searched.
+    searched. certainties: {way: how sure it is of each test image, (N,)}, to colour the dots by.
     """
     chosen = some_of_each(looked.h.test_labels, most, seed)
     found = nearest(looked.h.test[chosen], looked.h.train, NEIGHBOURS)
@@ -102,15 +122,21 @@ def explore(
     tiles += [thumbnail(looked.train, i, TILE) for i in neighbours.tolist()]
     sheet, columns = contact_sheet(tiles)
 
-    page = layout(looked, points, (chosen, neighbours, places), columns)
+    ranks = {way: ranked(value)[chosen] for way, value in (certainties or {}).items()}
+    page = layout(looked, points, (chosen, neighbours, places), columns, ranks)
     held_out = looked.h.held_out
     heading = f"{fn.shown(title, 60)}: the map of the {held_out} images"
     whole = as_html(page, sheet, heading).encode()
     if len(whole) > BYTES and len(chosen) > 1:  # of pictures that hardly shrink, or of long names
-        explore(looked, points, title, seed, file, len(chosen) // 2)
+        explore(looked, points, title, seed, file, certainties, len(chosen) // 2)
         return
     fn.write_atomically(file, whole)
     print(f"  page {file}: {len(chosen):,} {held_out} images, to be opened in a browser")
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Where each stands among all, of 0 (the least) to 255: (N,) -> int64 (N,)."""
+    return values.argsort().argsort() * 255 // max(1, len(values) - 1)
 
 
 def contact_sheet(tiles: list[Tensor]) -> tuple[bytes, int]:
@@ -126,7 +152,11 @@ def contact_sheet(tiles: list[Tensor]) -> tuple[bytes, int]:
 
 
 def layout(
-    looked: Looked, points: np.ndarray, which: tuple[Tensor, Tensor, Tensor], columns: int
+    looked: Looked,
+    points: np.ndarray,
+    which: tuple[Tensor, Tensor, Tensor],
+    columns: int,
+    ranks: dict[str, Tensor],
 ) -> Any:
     """The page's parts: the map, what is beside it, and what they do to each other."""
     from bokeh.layouts import column, row
@@ -162,7 +192,29 @@ def layout(
     args = {"dots": dots, "bank": bank, "names": names, "panel": panel}
     args |= {"columns": columns, "side": 64}
     dots.selected.js_on_change("indices", CustomJS(args=args, code=SHOW_NEIGHBOURS))
-    return column(row(errors, search, count), row(the_map(dots, shown, names, columns), panel))
+    plot, renderers = the_map(dots, shown, names, columns)
+    beside = coloured_by(ranks, dots, renderers) if ranks else []
+    return column(row(errors, search, count, *beside), row(plot, panel))
+
+
+def coloured_by(ranks: dict[str, Tensor], dots: Any, renderers: list[Any]) -> list[Any]:
+    """What lets a reader choose what the colours say: classes, or {way: ranks (N,) of 0 to 255}."""
+    from bokeh.models import CustomJS, Div, Select
+    from bokeh.palettes import Viridis256
+
+    choose, meaning = Select(value=CLASSES, options=[CLASSES, *ranks], width=170), Div(text="")
+    meaning.align = "center"
+    args = {
+        "dots": dots,
+        "renderers": renderers,
+        "meaning": meaning,
+        "classes": CLASSES,
+        "palette": [renderer.glyph.fill_color for renderer in renderers],
+        "scale": list(Viridis256),
+        "ranks": {way: rank.tolist() for way, rank in ranks.items()},
+    }
+    choose.js_on_change("value", CustomJS(args=args, code=COLOUR))
+    return [Div(text="coloured by", align="center"), choose, meaning]
 
 
 def dots_of(
@@ -185,6 +237,7 @@ def dots_of(
         "place": [f"-{64 * (tile % columns)}px -{64 * (tile // columns)}px" for tile in tiles],
         "label": labels.tolist(),
         "predicted": predicted.tolist(),
+        "colour": ["black"] * len(chosen),
         "name": [names[label] for label in labels.tolist()],
         "taken": [names[label] for label in predicted.tolist()],
         "sure": [f"{value:.0%}" for value in confidence.tolist()],
@@ -193,8 +246,8 @@ def dots_of(
     }
 
 
-def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> Any:
-    """The dots, a colour a class, and a legend that hides classes."""
+def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> tuple[Any, list[Any]]:
+    """The dots, a colour a class, and a legend that hides classes; and who draws each class."""
     from bokeh.models import CDSView, HoverTool, IndexFilter, Legend, LegendItem, TapTool
     from bokeh.palettes import Category10, Category20, Turbo256
     from bokeh.plotting import figure
@@ -233,7 +286,7 @@ def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> Any:
     tooltip = TOOLTIP.replace("COLUMNS", str(64 * columns))
     hover = HoverTool(renderers=renderers, tooltips=tooltip, mode="mouse")
     plot.add_tools(hover, TapTool(renderers=renderers))
-    return plot
+    return plot, renderers
 
 
 def readable(name: str) -> str:

@@ -40,9 +40,11 @@ def spread(n) -> np.ndarray:
 
 
 def page(folder, classes=("cat", EVIL, "dog"), **values):
+    """The later a test image comes, the surer the first way is of it, and the less the other."""
     seen = looked(classes, **values)
-    file = folder / "explore.html"
-    explore.explore(seen, spread(len(seen.test)), f"{EVIL} set", 0, file)
+    file, n = folder / "explore.html", len(seen.test)
+    sure = {"rising": torch.arange(n) / n, "falling": -torch.arange(n) / n}
+    explore.explore(seen, spread(n), f"{EVIL} set", 0, file, sure)
     return file
 
 
@@ -255,6 +257,33 @@ def test_a_click_on_the_legend_hides_a_class(opened):
     opened.wait(lambda: opened.driver.execute_script(visible) == [False, True, True])
     opened.driver.execute_script(LEGEND)[0].click()  # the legend was drawn anew
     opened.wait(lambda: opened.driver.execute_script(visible) == [True] * 3)
+
+
+@needs_a_browser
+@pytest.mark.slow
+def test_the_colours_say_the_class_or_how_sure_it_is(opened):
+    from selenium.webdriver.support.select import Select
+
+    def drawn(i):
+        """The colour of an image's dot on the screen, (r, g, b)."""
+        picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
+        return picture.getpixel(tuple(map(round, opened.place(i))))
+
+    classes = [drawn(i) for i in (1, 5, 7, 17)]
+    assert classes[0] == classes[1] != classes[2]
+    choose = Select(opened.elements("SELECT")[0])
+    assert [option.text for option in choose.options] == ["the class", "rising", "falling"]
+    for way, least, most in (("rising", 1, 17), ("falling", 17, 1)):
+        choose.select_by_value(way)
+        opened.wait(lambda: drawn(least) not in classes)  # noqa: B023
+        opened.wait(lambda: drawn(most)[0] > 200 and drawn(most)[2] < 100)  # noqa: B023 yellow
+        red, green, blue = drawn(least)
+        assert green < blue
+        assert red < 140, "violet"
+    assert "the surest" in opened.text()
+    choose.select_by_value("the class")
+    opened.wait(lambda: [drawn(i) for i in (1, 5, 7, 17)] == classes)
+    assert "the surest" not in opened.text()
 
 
 @needs_a_browser
