@@ -173,18 +173,10 @@ def write(name: str, run: fn.Run, outcome: dict[str, Any]) -> None:
     for package in ALTERNATIVES:
         with contextlib.suppress(PackageNotFoundError):
             record["versions"][package] = version(package)
-    record |= {"processor": processor(), "command": f"python -m benchmarks.{name}"}
+    record |= {"command": f"python -m benchmarks.{name}"}
 
     folder = Path("results/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**record, **outcome}, indent=1)
     fn.write_atomically(folder / f"{name}.json", f"{text}\n".encode())
     print(f"written to {folder}/{name}.json ({record['seconds']:.0f} s)")
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown")

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -154,6 +155,18 @@ def prepare_device(machine: Machine) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it, and what PyTorch makes use of: a number that
+    is about speed says nothing without it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        name = next(line.partition(":")[2] for line in lines if line.startswith("model name"))
+    also = {"AMX": torch.cpu._is_amx_tile_supported, "BF16": torch.cpu._is_avx512_bf16_supported}
+    uses = [torch.backends.cpu.get_cpu_capability(), *(name for name, has in also.items() if has())]
+    return f"{name.strip()} ({', '.join(dict.fromkeys(uses))})"
 
 
 def gpu_record() -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import torch
 from machinery import files
 from machinery.checkpoints import newest_sound
 from machinery.command_line import RunConfig, as_yaml, is_first_process, load_config, save_config
-from machinery.devices import gpu_record, started_together
+from machinery.devices import gpu_record, processor, started_together
 from machinery.errors import CannotWrite, TimeIsUp, UserError
 from machinery.files import check_output_dir, locked, write_atomically
 
@@ -159,6 +159,7 @@ class Run:
             "data": self.data,
             "seed": self.config.seed,
             "device": torch.cuda.get_device_name() if on_cuda else machine.device,
+            "processor": processor(),
             "precision": machine.precision,
             **({"gpu": gpu_record()} if on_cuda else {}),
             "threads": torch.get_num_threads(),

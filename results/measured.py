@@ -52,6 +52,7 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
         "linear": results["probe"]["test_accuracy"],
         "knn": results["knn"]["accuracy"],
         "seconds": round(results["pretrain"]["seconds"]),
+        "processor": results["processor"],
         "threads": results["threads"],
         "precision": results["precision"],
         "commit": results["git_commit"][:7],

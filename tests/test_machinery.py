@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -449,8 +450,9 @@ def test_results_json_has_the_common_keys_and_the_outcome():
         run.save(knn={"accuracy": 0.5})
     results = json.loads(Path("out/results.json").read_text())
     assert results["data"] == json.loads(Path("out/data.json").read_text()) == DATA
-    keys = "script dataset data seed device precision threads versions git_commit git_dirty seconds"
-    assert list(results) == [*keys.split(), "knn"]
+    keys = "script dataset data seed device processor precision threads versions"
+    assert list(results) == [*keys.split(), "git_commit", "git_dirty", "seconds", "knn"]
+    assert re.fullmatch(r"\S.* \(\w+(, \w+)*\)", results["processor"])
     assert (results["script"], results["dataset"], results["seed"]) == ("script.py", "digits", 5)
     assert (results["device"], results["precision"]) == ("cpu", "fp32")
     assert results["threads"] == torch.get_num_threads()

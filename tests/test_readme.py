@@ -332,7 +332,7 @@ def test_the_positive_is_counted_twice():
 
 def test_a_run_with_the_common_error_names_its_script(run, tmp_path):
     flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
-    flags += ["--stages", "pretrain,knn", "--no-baselines", "--output_dir"]
+    flags += ["--precision", "fp32", "--stages", "pretrain,knn", "--no-baselines", "--output_dir"]
     done = run("results/ablations/counted_twice.py", *flags, "twice", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     done = run("simCLR.py", *flags, "once", cwd=tmp_path)

@@ -25,8 +25,8 @@ import simCLR
 from contrastive.pretrained import load_encoder
 
 COMMON = {
-    *("script", "dataset", "data", "seed", "device", "precision", "threads"),
-    *("versions", "git_commit", "git_dirty", "seconds"),
+    *("script", "dataset", "data", "seed", "device", "processor"),
+    *("precision", "threads", "versions", "git_commit", "git_dirty", "seconds"),
 }
 FAST_SIMCLR = [
     *["--image_size", 8, "--stem", "imagenet", "--batch_size", 32],

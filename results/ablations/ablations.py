@@ -166,8 +166,8 @@ CIFAR-10 (JPEG copy), a fiftieth of T. Linear (L-BFGS, 20,000 labels) and k-NN a
 10,000 other training images, at 32 pixels: the test images were not looked at. So short a training
 says what is learned *first*; what wins here need not win after a thousand epochs.
 
-Raw values of seeds 0, 1, 2, then mean ± standard deviation. Minutes are those of pretraining on one
-thread of an Intel Xeon with AMX, in bfloat16, beside other work: no measure of speed.
+Raw values of seeds 0, 1, 2, then mean ± standard deviation, or of seed 0 alone. Minutes are those
+of pretraining in bfloat16, beside other work: no measure of speed.
 
     python simCLR.py --config {CONFIG}
 
@@ -191,6 +191,7 @@ def row(arm: str, flags: str, entries: list[dict[str, Any]]) -> str:
         *(summary([one[metric] for one in found]) for metric in METRICS),
         f"{found[0]['macs'] / T:.3f}",
         f"{seconds / 60:.0f}",
+        ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in found})),
         ", ".join(sorted({one["commit"] for one in found})),
     ]
     return f"| {' | '.join(cells)} |"
@@ -204,8 +205,8 @@ def page(entries: list[dict[str, Any]]) -> str:
         if not arms:
             continue
         rows = [
-            f"| | flags | {' | '.join(METRICS.values())} | T | minutes | commit |",
-            "| --- | --- | --- | --- | ---: | ---: | --- |",
+            f"| | flags | {' | '.join(METRICS.values())} | T | minutes | on | commit |",
+            "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
             *(row(*arm, entries) for arm in arms.items()),
         ]
         parts += [f"## {question.asks}", question.found, "\n".join(rows)]
