@@ -301,7 +301,7 @@ class Worth:
     """
 
     r_auroc: float | None
-    aurc: float
+    aurc: float | None
     crops: float | None
     blur: float | None
     noise: float | None

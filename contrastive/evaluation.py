@@ -92,6 +92,9 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
         of_h = {"finetune", "certainty"} & set(self.stages_list)
         problem = f"--probe_layer is not for {' and '.join(sorted(of_h))}, which take h"
         check(self.probe_layer == 0 or not of_h, f"{problem}: leave it out")
+        one = self.left_out == [] or self.evaluate_on is None or "pretrain" not in self.stages_list
+        problem = "--without_classes is about one set, and --evaluate_on names another"
+        check(one, f"{problem}: leave one of them out, or pretrain first")
         test = self.human_labels is None or not self.validation_fraction
         check(test, "--human_labels are of the test images: leave --validation_fraction out")
         asks = self.human_labels is None or "certainty" in self.stages_list

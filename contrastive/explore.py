@@ -16,6 +16,7 @@ from torch import Tensor
 
 import functions as fn
 from contrastive.looking import Looked, nearest, some_of_each, thumbnail
+from contrastive.scores import ranks
 
 MOST = 3000  # dots of the map
 NEIGHBOURS = 6
@@ -60,11 +61,12 @@ dots.change.emit()
 COLOUR = """
 const way = cb_obj.value, d = dots.data, of_class = way == classes
 if (!of_class) d.colour = d.label.map((_, i) => scale[ranks[way][i]])
-renderers.forEach((renderer, label) => {
-    const colour = of_class ? {value: palette[label]} : {field: "colour"}
-    for (const glyph of [renderer.glyph, renderer.selection_glyph, renderer.nonselection_glyph])
-        if (glyph != null && glyph.fill_color !== undefined) glyph.fill_color = colour
-})
+for (const [dot, swatch, own] of drawn) {
+    const colour = of_class ? {value: own} : {field: "colour"}
+    for (const glyph of [dot.glyph, dot.selection_glyph, dot.nonselection_glyph])
+        glyph.fill_color = colour
+    swatch.glyph.fill_color = {value: of_class ? own : "lightgrey"}
+}
 meaning.text = of_class ? "" : "violet: the least sure, yellow: the surest"
 dots.change.emit()
 """
@@ -122,8 +124,8 @@ def explore(
     tiles += [thumbnail(looked.train, i, TILE) for i in neighbours.tolist()]
     sheet, columns = contact_sheet(tiles)
 
-    ranks = {way: ranked(value)[chosen] for way, value in (certainties or {}).items()}
-    page = layout(looked, points, (chosen, neighbours, places), columns, ranks)
+    sure = {way: ranks(value, value)[chosen] for way, value in (certainties or {}).items()}
+    page = layout(looked, points, (chosen, neighbours, places), columns, sure)
     held_out = looked.h.held_out
     heading = f"{fn.shown(title, 60)}: the map of the {held_out} images"
     whole = as_html(page, sheet, heading).encode()
@@ -132,11 +134,6 @@ def explore(
         return
     fn.write_atomically(file, whole)
     print(f"  page {file}: {len(chosen):,} {held_out} images, to be opened in a browser")
-
-
-def ranked(values: Tensor) -> Tensor:
-    """Where each stands among all, of 0 (the least) to 255: (N,) -> int64 (N,)."""
-    return values.argsort().argsort() * 255 // max(1, len(values) - 1)
 
 
 def contact_sheet(tiles: list[Tensor]) -> tuple[bytes, int]:
@@ -156,7 +153,7 @@ def layout(
     points: np.ndarray,
     which: tuple[Tensor, Tensor, Tensor],
     columns: int,
-    ranks: dict[str, Tensor],
+    sure: dict[str, Tensor],
 ) -> Any:
     """The page's parts: the map, what is beside it, and what they do to each other."""
     from bokeh.layouts import column, row
@@ -192,26 +189,25 @@ def layout(
     args = {"dots": dots, "bank": bank, "names": names, "panel": panel}
     args |= {"columns": columns, "side": 64}
     dots.selected.js_on_change("indices", CustomJS(args=args, code=SHOW_NEIGHBOURS))
-    plot, renderers = the_map(dots, shown, names, columns)
-    beside = coloured_by(ranks, dots, renderers) if ranks else []
+    plot, drawn = the_map(dots, shown, names, columns)
+    beside: list[Any] = coloured_by(sure, dots, drawn) if sure else []
     return column(row(errors, search, count, *beside), row(plot, panel))
 
 
-def coloured_by(ranks: dict[str, Tensor], dots: Any, renderers: list[Any]) -> list[Any]:
-    """What lets a reader choose what the colours say: classes, or {way: ranks (N,) of 0 to 255}."""
+def coloured_by(sure: dict[str, Tensor], dots: Any, drawn: list[tuple[Any, Any]]) -> list[Any]:
+    """What lets a reader choose what the colours say: classes, or {way: ranks (N,) of 0 to 1}."""
     from bokeh.models import CustomJS, Div, Select
     from bokeh.palettes import Viridis256
 
-    choose, meaning = Select(value=CLASSES, options=[CLASSES, *ranks], width=170), Div(text="")
+    choose, meaning = Select(value=CLASSES, options=[CLASSES, *sure], width=170), Div(text="")
     meaning.align = "center"
     args = {
         "dots": dots,
-        "renderers": renderers,
+        "drawn": [[dot, swatch, dot.glyph.fill_color] for dot, swatch in drawn],
         "meaning": meaning,
         "classes": CLASSES,
-        "palette": [renderer.glyph.fill_color for renderer in renderers],
         "scale": list(Viridis256),
-        "ranks": {way: rank.tolist() for way, rank in ranks.items()},
+        "ranks": {way: (255 * rank).round().int().tolist() for way, rank in sure.items()},
     }
     choose.js_on_change("value", CustomJS(args=args, code=COLOUR))
     return [Div(text="coloured by", align="center"), choose, meaning]
@@ -246,8 +242,11 @@ def dots_of(
     }
 
 
-def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> tuple[Any, list[Any]]:
-    """The dots, a colour a class, and a legend that hides classes; and who draws each class."""
+def the_map(
+    dots: Any, shown: Any, names: list[str], columns: int
+) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The dots, a colour a class, and a legend that hides classes; and of each class what draws its
+    dots, and its swatch in the legend."""
     from bokeh.models import CDSView, HoverTool, IndexFilter, Legend, LegendItem, TapTool
     from bokeh.palettes import Category10, Category20, Turbo256
     from bokeh.plotting import figure
@@ -261,7 +260,7 @@ def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> tuple[Any,
     )
     plot.grid.visible = plot.axis.visible = False
     plot.toolbar.active_scroll = plot.select_one("WheelZoomTool")
-    renderers: list[Any] = []
+    drawn: list[tuple[Any, Any]] = []
     items: list[Any] = []
     for label, name in enumerate(names):
         members = [i for i, other in enumerate(dots.data["label"]) if other == label]
@@ -274,9 +273,11 @@ def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> tuple[Any,
             "fill_alpha": 0.8,
             "fill_color": palette[label],
         }
-        dot = plot.scatter("x", "y", source=dots, view=view, nonselection_fill_alpha=0.8, **look)
-        renderers.append(dot)
-        items.append(LegendItem(label={"value": name}, renderers=[dot]))
+        also = {"selection_fill_alpha": 1.0, "nonselection_fill_alpha": 0.8}
+        dot = plot.scatter("x", "y", source=dots, view=view, **also, **look)
+        swatch = plot.scatter([], [], **look | {"fill_alpha": 1.0})  # over that of the dots
+        drawn.append((dot, swatch))
+        items.append(LegendItem(label={"value": name}, renderers=[dot, swatch]))
 
     per_column = 25
     legend = Legend(items=items, ncols=math.ceil(len(items) / per_column), click_policy="hide")
@@ -284,9 +285,10 @@ def the_map(dots: Any, shown: Any, names: list[str], columns: int) -> tuple[Any,
     legend.spacing = legend.padding = 2
     plot.add_layout(legend, "right")
     tooltip = TOOLTIP.replace("COLUMNS", str(64 * columns))
+    renderers = [dot for dot, _ in drawn]
     hover = HoverTool(renderers=renderers, tooltips=tooltip, mode="mouse")
     plot.add_tools(hover, TapTool(renderers=renderers))
-    return plot, renderers
+    return plot, drawn
 
 
 def readable(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import functions as fn
 from contrastive.certainty import SHARES, Certainty
 from contrastive.few_labels import FewLabels
-from contrastive.scores import kept_accuracy
+from contrastive.scores import kept_accuracy, ranks
 
 
 @fn.drawing
@@ -216,9 +216,10 @@ def plot_certainty(found: Certainty, file: Path) -> None:
 def plot_certain_map(points: np.ndarray, found: Certainty, held_out: str, file: Path) -> None:
     """The map of the test images, points (N, 2), coloured by how sure the last way is of them."""
     name, value = list(found.values.items())[-1]
-    ranks = value.argsort().argsort().numpy() / max(1, len(value) - 1)
     figure, axis = fn.new_figure(7.6, 6)
-    dots = axis.scatter(*points.T, c=ranks, s=fn.dot_size(len(points)), lw=0, cmap="viridis")
+    dots = axis.scatter(
+        *points.T, c=ranks(value, value).numpy(), s=fn.dot_size(len(points)), lw=0, cmap="viridis"
+    )
     axis.set(title=f"t-SNE of the {held_out} images: {name}", xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
     figure.colorbar(dots, ax=axis, label="rank of its certainty, 1 the surest", shrink=0.6)

@@ -71,7 +71,21 @@ def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
         given, default = getattr(config, name), getattr(type(config), name)
         problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
         check(given in (value, default), f"{problem}: leave it out")
+    tell_of_classes(config, trained)
     return replace(config, **recorded, **{name: getattr(trained, name) for name in VIEWS})
+
+
+def tell_of_classes(config: Any, trained: Any) -> None:
+    """Say where the encoder has not seen the classes that it is measured on, or has seen those that
+    are left out."""
+    if config.left_out == trained.left_out or config.evaluate_on is not None:
+        return
+    seen = [name for name in config.left_out if name not in trained.left_out]
+    unseen = [name for name in trained.left_out if name not in config.left_out]
+    if seen:
+        print(f"the encoder has been trained on {', '.join(seen)}: only the probe has not seen it")
+    if unseen:
+        print(f"the encoder has been trained without {', '.join(unseen)}")
 
 
 def image_side(file: Path) -> int | None:

@@ -14,7 +14,7 @@ from functions import Batches, Subset, check
 
 class Resized(nn.Module):
     """Images at --evaluation_size: uint8, or float32 in [0, 1], (B, C, H, W) -> float32 in [0, 1]
-    (B, C, side, side), bilinear; None leaves them as they are."""
+    (B, C, side, side), bilinear. None leaves them as they are, and so does their own size."""
 
     def __init__(self, side: int | None) -> None:
         super().__init__()

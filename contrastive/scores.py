@@ -42,9 +42,11 @@ def kept_accuracy(certainty: Tensor, right: Tensor) -> Tensor:
     return expected[order].cumsum(0) / torch.arange(1, len(order) + 1)
 
 
-def aurc(certainty: Tensor, right: Tensor) -> float:
+def aurc(certainty: Tensor, right: Tensor) -> float | None:
     """The area under risk over coverage: the mean error of the surest, over how many are kept
-    (Geifman & El-Yaniv 2017, arXiv 1705.08500). The lower the better."""
+    (Geifman & El-Yaniv 2017, arXiv 1705.08500). The lower the better; None for what is no order."""
+    if not certainty.isfinite().all():
+        return None
     return float(1 - kept_accuracy(certainty, right).mean())
 
 
@@ -62,12 +64,20 @@ def nearest_is_alike(h: Tensor, labels: Tensor, block: int = 512) -> Tensor:
     return labels[torch.cat(found)] == labels
 
 
+def ranks(values: Tensor, among: Tensor) -> Tensor:
+    """Where values, of any shape, stand among others (N,): 0 the least, 1 the largest.
+
+    Equal ones stand in the middle of their kind.
+    """
+    order, values = among.sort().values, values.contiguous()
+    below, up_to = (torch.searchsorted(order, values, right=part) for part in (False, True))
+    return (below + up_to) / (2 * len(among))
+
+
 def mean_ranks(certainties: Tensor, among: Tensor) -> list[float]:
     """Where certainties (levels, n) stand among those of whole images (N,): the mean of each level,
     0 the least sure and 1 the surest."""
-    order, certainties = among.sort().values, certainties.contiguous()
-    below, up_to = (torch.searchsorted(order, certainties, right=part) for part in (False, True))
-    return ((below + up_to) / (2 * len(among))).mean(1).tolist()
+    return ranks(certainties, among).mean(1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import functions as fn
 from contrastive.certainty import MOST, CertaintySettings
 from contrastive.evaluation import EvaluationSettings
 from contrastive.pretrained import image_side
-from functions import ImageDataset, UserError, check
+from functions import ImageDataset, Subset, UserError, check
 
 SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
 
@@ -45,23 +45,29 @@ class Sets:
         learned, measured = self.learned, self.measured
         if settings.validation_fraction:
             measured = fn.hold_out(measured, settings.validation_fraction)
-        unseen: dict[str, Any] = {}
+        unseen = None
         if settings.left_out:
-            measured, of_those = fn.leave_out(measured, settings.left_out)
-            unseen = {"classes left out": of_those[:]}
+            hidden = measured.unlabelled_images is None or "pretrain" not in settings.stages_list
+            problem = f"--without_classes: unlabelled images of {measured.name} may show them"
+            check(hidden, f"{problem}: leave it out, or pretrain out of --stages")
+            measured, unseen = fn.leave_out(measured, settings.left_out, settings.set_flag)
+            rest = f"{len(measured.classes)} classes are left"
+            print(f"without {', '.join(settings.left_out)}: {rest}")
         learned = learned if self.differ else measured
-        if settings.needs_labels:
-            _, labels, _, _ = measured.labelled(settings.set_flag)
-            labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
-            for amount in settings.label_amounts:
-                amount.check(labels, measured.classes)
+        if not settings.needs_labels:
+            return Sets(learned, measured)
+        _, labels, test_images, _ = measured.labelled(settings.set_flag)
+        labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
+        for amount in settings.label_amounts:
+            amount.check(labels, measured.classes)
         if "certainty" not in settings.stages_list:
             return Sets(learned, measured)
         least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
         problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
         check(least > 1, f"{problem}, where certainty needs two of each class")
-        others = unseen | load_others(settings, measured)
-        _, _, test_images, _ = measured.labelled(settings.set_flag)
+        others = load_others(settings, self.measured)
+        if unseen is not None:
+            others = {"classes left out": some_of(unseen, settings.seed), **others}
         people = load_people(settings, len(test_images), len(measured.classes))
         return Sets(learned, measured, others, people)
 
@@ -102,7 +108,11 @@ def as_shown(
 ) -> dict[str, Any]:
     """How the encoder was shown the images that it is measured on, for results.json: whoever uses
     what a run leaves is to show it theirs in the same way."""
-    other = {} if settings.evaluate_on is None else {"evaluated_on": settings.evaluate_on}
+    other: dict[str, Any] = (
+        {} if settings.evaluate_on is None else {"evaluated_on": settings.evaluate_on}
+    )
+    if settings.left_out:
+        other["classes"] = list(data.classes)
     size = settings.evaluation_size or data.train_images.shape[-1]
     return {**other, "shown": {"size": size, "normalize": normalize.record()}}
 
@@ -110,6 +120,12 @@ def as_shown(
 # ------------------------------------------------------------------------------------------------
 # Beside what certainty is measured
 # ------------------------------------------------------------------------------------------------
+
+
+def some_of(images: Tensor | Subset, seed: int) -> Tensor:
+    """Up to MOST of them, uint8 (N, 3, H, W)."""
+    draw = torch.Generator().manual_seed(seed)
+    return images[torch.randperm(len(images), generator=draw)[:MOST]]
 
 
 def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str, Tensor]:
@@ -124,10 +140,11 @@ def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str
             found[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
             continue
         data = fn.load_dataset(name, settings.data_dir, size, flag="--other_sets")
-        if data.name == measured.name:
+        if data.fingerprint == measured.fingerprint:
+            print(f"--other_sets {name}: that is what is measured on, and no other set")
             continue
         images = data.train_images if data.test_images is None else data.test_images
-        found[name] = images[torch.randperm(len(images), generator=draw)[:MOST]]
+        found[name] = some_of(images, settings.seed)
     return found
 
 

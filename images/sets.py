@@ -62,7 +62,7 @@ class ImageDataset:
         """
         images = (self.train_images, self.test_images, self.unlabelled_images)
         labels = (self.train_labels, self.test_labels)
-        pixels = self.pixels or [None if part is None else hash_of(part) for part in images]
+        pixels = self.pixels or [None if part is None else hash_of(part[:]) for part in images]
         shapes = [None if part is None else list(part.shape) for part in images]
         numbers = [None if part is None else part.tolist() for part in labels]
         whole = json.dumps([pixels, shapes, numbers, self.classes])
@@ -291,7 +291,7 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
     names = ", ".join(data.classes[label] for label in lost)
     check(not lost, f"{problem} would have no training image of {names} left: take a smaller one")
     paths = data.names("train")
-    parts: dict[str, Any] = {"files": {}}
+    parts: dict[str, Any] = {"files": {}, "pixels": None}
     for name, part in (("train", rest), ("test", chosen)):
         parts["files"][name] = [paths[i] for i in part.tolist()]
         parts[f"{name}_images"] = Subset(data.train_images, part)  # nothing is copied
@@ -300,30 +300,39 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
 
 
 def leave_out(
-    data: ImageDataset, names: Sequence[str], flag: str = "--without_classes"
-) -> tuple[ImageDataset, Subset]:
-    """(the set without some of its classes, the test images of those).
+    data: ImageDataset, names: Sequence[str], flag: str = "--dataset"
+) -> tuple[ImageDataset, Subset | None]:
+    """(the set without some of its classes, the test images of those, if there are any).
 
-    What has no label stays: nobody knows of what class it is. Raises UserError, which names the
-    flag, for a class that there is none of, or unless two classes are left.
+    What has no label stays: nobody knows of what class it is. flag: what names the set. Raises
+    UserError for a class that there is none of, or where nothing is left to tell apart.
     """
-    train_images, train_labels, test_images, test_labels = data.labelled()
+    problem = f"--without_classes {','.join(names)}: {flag} {data.name}"
+    if data.train_labels is None:
+        raise UserError(f"{problem} has no classes: leave it out")
     unknown = ", ".join(name for name in names if name not in data.classes)
-    check(not unknown, f"{flag}: {data.name} has no class {unknown}, but {', '.join(data.classes)}")
+    check(not unknown, f"{problem} has no class {unknown}, but {', '.join(data.classes)}")
     kept = [place for place, name in enumerate(data.classes) if name not in names]
-    check(len(kept) > 1, f"{flag} leaves {len(kept)} class of {data.name}: leave two at least")
+    check(len(kept) > 1, f"{problem} has {len(kept)} class left then: leave two at least")
     numbers = torch.full((len(data.classes),), -1)  # of each class, the new one
     numbers[kept] = torch.arange(len(kept))
 
-    parts: dict[str, Any] = {"files": {}, "classes": tuple(data.classes[place] for place in kept)}
-    both = (("train", train_images, train_labels), ("test", test_images, test_labels))
-    for name, images, labels in both:
-        paths, chosen = data.names(name), (numbers[labels] >= 0).nonzero().flatten()
+    parts: dict[str, Any] = {"files": {}, "pixels": None}
+    parts["classes"] = tuple(data.classes[place] for place in kept)
+    gone = None
+    for name in ("train", "test"):
+        images, labels = getattr(data, f"{name}_images"), getattr(data, f"{name}_labels")
+        if labels is None:
+            continue
+        paths, stays = data.names(name), numbers[labels] >= 0
+        check(bool(stays.any()), f"{problem} has no {name} image left then: leave others out")
+        chosen = stays.nonzero().flatten()
         parts["files"][name] = [paths[i] for i in chosen.tolist()]
         parts[f"{name}_images"] = Subset(images, chosen)
         parts[f"{name}_labels"] = numbers[labels[chosen]]
-    gone = (numbers[test_labels] < 0).nonzero().flatten()
-    return replace(data, **parts), Subset(test_images, gone)
+        if name == "test" and not stays.all():
+            gone = Subset(images, (~stays).nonzero().flatten())
+    return replace(data, **parts), gone
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -127,8 +127,8 @@ class RunConfig(DataSettings):
     free_on_resume: ClassVar[tuple[str, ...]] = ("data_dir",)
     """flags that a resumed run may change, and that say nothing about its outcome"""
     names_of_data: ClassVar[tuple[str, ...]] = ("dataset",)
-    """flags that it may change as well, as its data may have moved: whether they are the same their
-    fingerprint tells"""
+    """flags that it may change as well, as its data may have moved: of what is learned from and
+    measured on, a fingerprint tells whether it is the same"""
 
     output_dir: str | None = None
     """folder for this run's results; unless given, a new one named after script, data set and

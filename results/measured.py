@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
+from contrastive.certainty import CertaintySettings  # noqa: E402
 from contrastive.evaluation import EvaluationSettings  # noqa: E402
 from contrastive.few_labels import FewLabelsSettings  # noqa: E402
 from contrastive.finetuning import FineTuningSettings  # noqa: E402
@@ -19,9 +20,16 @@ from contrastive.probe import ProbeSettings  # noqa: E402
 
 WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time"}
 WHERE |= {"stages", "checkpoint", "knn_every"}
+OF_TRAINING = ("pretrain", "processor", "threads", "precision")
 OF_EVALUATION = {
     name
-    for settings in (EvaluationSettings, ProbeSettings, FewLabelsSettings, FineTuningSettings)
+    for settings in (
+        CertaintySettings,
+        EvaluationSettings,
+        ProbeSettings,
+        FewLabelsSettings,
+        FineTuningSettings,
+    )
     for name in settings.__annotations__
 }
 
@@ -41,7 +49,8 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
     flags = changed(config, base)
     if config.checkpoint:
         earlier = Path(config.checkpoint)
-        results["pretrain"] = json.loads((earlier / "results.json").read_text())["pretrain"]
+        trained = json.loads((earlier / "results.json").read_text())
+        results |= {name: trained[name] for name in OF_TRAINING}
         flags = {name: value for name, value in flags.items() if name in OF_EVALUATION}
         flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base) | flags
     return {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_config, randn, user_error
+from helpers import make_config, randint, randn, user_error
 from PIL import Image
 from torch import nn
 
@@ -31,6 +31,7 @@ from contrastive.scores import (
     kept_accuracy,
     mean_ranks,
     nearest_is_alike,
+    ranks,
     spearman,
 )
 from contrastive.sets import load_others, load_people, load_sets
@@ -262,8 +263,10 @@ def test_other_sets_come_at_the_size_of_the_images(image_folder, tmp_path):
         str(image_folder): (24, 3, 12, 12),
     }
     assert found["noise"].float().mean() == pytest.approx(127.5, abs=1)
-    config.other_sets = "digits"  # no other set than what is measured on
-    assert load_others(config, digits) == {}
+    there = tmp_path / "link"  # no other set than what is measured on, whatever it is called
+    there.symlink_to(image_folder)
+    config.other_sets = f"{image_folder},{there}"
+    assert load_others(config, fn.load_dataset(str(image_folder), tmp_path, 12)) == {}
     config.other_sets = "nowhere"
     assert "--other_sets nowhere: no such folder" in user_error(load_others, config, digits)
 
@@ -308,6 +311,7 @@ def test_answers_that_are_none_are_refused(answers, words, tmp_path):
         ({"human_labels": "a.npy", "validation_fraction": 0.1}, "--human_labels"),
         ({"probe_layer": 1}, "--probe_layer"),
         ({"without_classes": " ,"}, "--without_classes"),
+        ({"without_classes": "cat", "evaluate_on": "digits"}, "--without_classes"),
         ({"without_classes": "cat", "human_labels": "a.npy"}, "--without_classes"),
     ],
 )
@@ -383,8 +387,32 @@ def test_classes_that_are_left_out_are_in_no_part():
     assert torch.equal(gone[:], data.test_images[(data.test_labels == 3) | (data.test_labels == 0)])
     assert torch.equal(rest.pretraining_images[:], rest.train_images[:])
 
+    assert rest.fingerprint != data.fingerprint, "it is another set"
     assert "no class cat, dog, but 0, 1" in user_error(fn.leave_out, data, ["cat", "1", "dog"])
-    assert "leaves 1 class" in user_error(fn.leave_out, data, list("012345678"))
+    assert "1 class left" in user_error(fn.leave_out, data, list("012345678"))
+
+
+def test_a_class_without_test_images_can_be_left_out():
+    images = randint(256, 6, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    data = fn.ImageDataset("x", images, labels, images[:4], labels[:4], ("a", "b", "c"))
+    rest, gone = fn.leave_out(data, ["c"])
+    assert gone is None
+    assert len(rest.test_images) == 4
+    data.test_images, data.test_labels = images[:2], labels[:2]
+    assert "no test image left" in user_error(fn.leave_out, data, ["a"], "--evaluate_on")
+    assert "--evaluate_on x" in user_error(fn.leave_out, data, ["a"], "--evaluate_on")
+    data.test_images = data.test_labels = None
+    rest, gone = fn.leave_out(data, ["a"])
+    assert (rest.train_labels.tolist(), gone) == ([0, 0, 1, 1], None)
+    data.train_labels = None
+    assert "no classes" in user_error(fn.leave_out, data, ["a"])
+
+
+def test_equal_values_have_equal_ranks():
+    values = torch.tensor([3.0, 1.0, 3.0, 3.0, 2.0])
+    assert ranks(values, values).tolist() == pytest.approx([0.7, 0.1, 0.7, 0.7, 0.3])
+    assert ranks(torch.full((9,), 2.0), torch.full((4,), 2.0)).unique().tolist() == [0.5]
 
 
 def test_validation_leaves_the_test_images_of_classes_left_out_alone(tmp_path):
@@ -395,7 +423,8 @@ def test_validation_leaves_the_test_images_of_classes_left_out_alone(tmp_path):
     assert list(sets.others) == ["classes left out", "noise"]
     held = fn.hold_out(fn.load_dataset("digits"), 0.25)
     unseen = held.test_images[:][(held.test_labels == 3) | (held.test_labels == 0)]
-    assert torch.equal(sets.others["classes left out"], unseen)
+    shown = sets.others["classes left out"]  # in an order of its own
+    assert sorted(shown.flatten(1).tolist()) == sorted(unseen.flatten(1).tolist())
     assert len(sets.measured.classes) == 8
 
 
@@ -409,8 +438,23 @@ def test_end_to_end_without_a_class(image_folder, run_here, tmp_path):
     assert "200 images of 8 pixels for pretraining" in done.stdout
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert set(found["probe"]["per_class"]) == {"red", "blue"}
+    assert found["classes"] == ["blue", "red"]
     others = found["certainty"]["ways"]["probe's softmax"]["others"]
     assert set(others) == {"classes left out", "noise"}
+    measure = [*flags[:6], "--checkpoint", "out", "--stages", "features,knn"]
+    for name, more, words in (
+        ("all", [], "trained without green"),
+        ("none", ["--without_classes", "green,blue"], "left then: leave two"),
+        ("seen", ["--without_classes", "blue"], "trained on blue: only the probe"),
+        ("same", ["--without_classes", "green"], "writing to same"),
+    ):
+        done = run_here("simCLR.py", *measure, *more, "--output_dir", name, cwd=tmp_path)
+        assert words in done.stdout + done.stderr, name
+        assert done.returncode == (2 if name == "none" else 0)
+    kept = np.load(tmp_path / "same/features.npz")
+    assert kept["classes"].tolist() == ["blue", "red"]
+    assert len(kept["h"]) == 216
+
     wrong = run_here("simCLR.py", *flags[:-1], "b", "--without_classes", "pink", cwd=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1

@@ -180,6 +180,14 @@ class Page:
             pointer.click()
         actions.perform()
 
+    def away(self):
+        """Point at nothing."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        actions = ActionChains(self.driver)
+        actions.w3c_actions.pointer_action.move_to_location(2, 2)
+        actions.perform()
+
     def elements(self, name):
         return self.driver.execute_script(ELEMENTS, name)
 
@@ -252,11 +260,11 @@ def test_only_errors_and_the_search_choose_the_dots(opened):
 def test_a_click_on_the_legend_hides_a_class(opened):
     visible = """return [...Bokeh.documents[0]._all_models.values()]
         .filter((m) => m.type == "GlyphRenderer").map((m) => m.visible)"""
-    assert opened.driver.execute_script(visible) == [True] * 3
+    assert opened.driver.execute_script(visible) == [True] * 6
     opened.driver.execute_script(LEGEND)[0].click()
-    opened.wait(lambda: opened.driver.execute_script(visible) == [False, True, True])
+    opened.wait(lambda: opened.driver.execute_script(visible) == [False] * 2 + [True] * 4)
     opened.driver.execute_script(LEGEND)[0].click()  # the legend was drawn anew
-    opened.wait(lambda: opened.driver.execute_script(visible) == [True] * 3)
+    opened.wait(lambda: opened.driver.execute_script(visible) == [True] * 6)
 
 
 @needs_a_browser
@@ -273,6 +281,9 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
     assert classes[0] == classes[1] != classes[2]
     choose = Select(opened.elements("SELECT")[0])
     assert [option.text for option in choose.options] == ["the class", "rising", "falling"]
+    opened.point(12, click=True)  # also what is chosen takes the colour
+    opened.wait(lambda: "012.png" in opened.text())
+    opened.away()  # what it shows hides other dots
     for way, least, most in (("rising", 1, 17), ("falling", 17, 1)):
         choose.select_by_value(way)
         opened.wait(lambda: drawn(least) not in classes)  # noqa: B023
@@ -280,6 +291,7 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
         red, green, blue = drawn(least)
         assert green < blue
         assert red < 140, "violet"
+        assert drawn(12) not in classes
     assert "the surest" in opened.text()
     choose.select_by_value("the class")
     opened.wait(lambda: [drawn(i) for i in (1, 5, 7, 17)] == classes)

@@ -60,7 +60,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/representation.py": set(),
     "contrastive/scores.py": set(),
     "contrastive/certainty.py": {"augmentation", "losses", "looking", "probe", "scores"},
-    "contrastive/explore.py": {"looking"},
+    "contrastive/explore.py": {"looking", "scores"},
     "contrastive/evaluation.py": {
         *("figures", "pretrained", "probe", "few_labels", "finetuning", "looking", "explore"),
         *("certainty", "representation"),

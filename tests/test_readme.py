@@ -295,6 +295,27 @@ def test_the_ablations_are_what_was_measured():
                 assert seeds in ([], [0], [0, 1, 2])
 
 
+def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
+    """In half the bytes, and shown its images as before."""
+    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
+    done = run("simCLR.py", *flags, "--stages", "pretrain", "--output_dir", "run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    module_of(ROOT / "results/take_home.py").main(tmp_path / "run", tmp_path / "home")
+    whole, half = (tmp_path / name / "encoder.pt" for name in ("run", "home"))
+    assert half.stat().st_size < 0.51 * whole.stat().st_size
+    ours, theirs = (torch.load(file, weights_only=True) for file in (half, whole))
+    for name, value in ours.items():
+        assert torch.allclose(value.to(theirs[name].dtype), theirs[name], rtol=1e-3, atol=1e-6)
+
+    measure = ["--dataset", "digits", "--stages", "knn", "--no-baselines", "--checkpoint"]
+    done = run("simCLR.py", *measure, "home", "--output_dir", "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no record" not in done.stdout
+    home = json.loads((tmp_path / "out/results.json").read_text())
+    trained = json.loads((tmp_path / "run/results.json").read_text())["pretrain"]
+    assert home["shown"]["normalize"] == trained["normalize"]
+
+
 def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
     """Files as Debian's package has them: a header, then bytes."""
     package = tmp_path / "package"
