@@ -50,7 +50,7 @@ def draw(file: Path) -> None:
     axis.plot(cost, reached, "o-", color="C1", label="SimCLR, here")
     for x, y, n in points:
         words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
-        axis.annotate(words, (x, y), (-6, 6), textcoords="offset points", ha="right", color="C1")
+        axis.annotate(words, (x, y), (0, 8), textcoords="offset points", ha="center", color="C1")
     axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
     axis.set_xscale("log")
     ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
