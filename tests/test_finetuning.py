@@ -11,10 +11,11 @@ from torch import nn
 import functions as fn
 import simCLR
 from contrastive import finetuning
-from contrastive.evaluation import Tuning, as_shown
+from contrastive.evaluation import Tuning
 from contrastive.few_labels import Draw
 from contrastive.finetuning import FineTuning, Labelled, Start, batches, finetune, split
 from contrastive.probe import Features, probe
+from contrastive.sets import as_shown
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
