@@ -277,13 +277,13 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
         picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
         return picture.getpixel(tuple(map(round, opened.place(i))))
 
+    opened.point(12, click=True)  # also what is chosen takes the colour
+    opened.wait(lambda: "012.png" in opened.text())
+    opened.away()  # what it shows hides other dots
     classes = [drawn(i) for i in (1, 5, 7, 17)]
     assert classes[0] == classes[1] != classes[2]
     choose = Select(opened.elements("SELECT")[0])
     assert [option.text for option in choose.options] == ["the class", "rising", "falling"]
-    opened.point(12, click=True)  # also what is chosen takes the colour
-    opened.wait(lambda: "012.png" in opened.text())
-    opened.away()  # what it shows hides other dots
     for way, least, most in (("rising", 1, 17), ("falling", 17, 1)):
         choose.select_by_value(way)
         opened.wait(lambda: drawn(least) not in classes)  # noqa: B023
