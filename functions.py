@@ -63,6 +63,7 @@ from machinery.devices import (  # noqa: F401
     REDUCED,
     Machine,
     free_memory,
+    note,
     prepare_device,
     take_gpu,
 )

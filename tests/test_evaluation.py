@@ -120,6 +120,16 @@ def test_scale_and_offset_of_the_features_do_not_matter(probe):
     torch.testing.assert_close(moved_logits, logits, atol=2e-2, rtol=0)
 
 
+def test_a_probe_that_is_stopped_says_so_in_one_line(capfd):
+    """What L-BFGS has come to is taken."""
+    features = blobs()
+    linear = probing.logistic_regression(features, 1.0, steps=2)
+    assert linear.weight.isfinite().all()
+    width = features.train.shape[1]
+    said = f"note: the probe on {width} numbers an image was stopped after 2 steps\n"
+    assert capfd.readouterr().err == said
+
+
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_the_lbfgs_probe_is_logistic_regression_on_standardised_features(num_classes):
     from sklearn.linear_model import LogisticRegression

@@ -141,7 +141,7 @@ def rows_with_numbers():
         prefix = {ROOT: "results/", ROOT / "docs": "../results/"}.get(page.parent, "")
         rows = [line for line in text.splitlines() if line.startswith("|")]
         for row in rows:
-            if found := re.search(rf"\]\({prefix}([\w-]+)\) \|$", row):
+            if found := re.search(rf"\]\({prefix}([\w/-]+)\) \|$", row):
                 yield row, found[1]
     for module in SCRIPTS.values():
         if "Measured" in module.__doc__:
