@@ -290,13 +290,19 @@ def hold_out(data: ImageDataset, fraction: float) -> ImageDataset:
     lost = sorted(set(count_labels(labels)) - set(count_labels(labels[rest])))
     names = ", ".join(data.classes[label] for label in lost)
     check(not lost, f"{problem} would have no training image of {names} left: take a smaller one")
-    paths = data.names("train")
-    parts: dict[str, Any] = {"files": {}, "pixels": None}
-    for name, part in (("train", rest), ("test", chosen)):
-        parts["files"][name] = [paths[i] for i in part.tolist()]
-        parts[f"{name}_images"] = Subset(data.train_images, part)  # nothing is copied
-        parts[f"{name}_labels"] = labels[part]
-    return replace(data, **parts)
+    return with_parts(data, {"train": ("train", rest), "test": ("train", chosen)})
+
+
+def with_parts(data: ImageDataset, parts: dict[str, tuple[str, Tensor]]) -> ImageDataset:
+    """The set with other parts, each of images that another one had, whose indices are given:
+    {"test": ("train", int64 (M,))} measures on training images. Nothing is copied."""
+    changed: dict[str, Any] = {"files": {}, "pixels": None}
+    for name, (source, chosen) in parts.items():
+        paths = data.names(source)
+        changed["files"][name] = [paths[i] for i in chosen.tolist()]
+        changed[f"{name}_images"] = Subset(getattr(data, f"{source}_images"), chosen)
+        changed[f"{name}_labels"] = getattr(data, f"{source}_labels")[chosen]
+    return replace(data, **changed)
 
 
 def leave_out(
@@ -317,22 +323,21 @@ def leave_out(
     numbers = torch.full((len(data.classes),), -1)  # of each class, the new one
     numbers[kept] = torch.arange(len(kept))
 
-    parts: dict[str, Any] = {"files": {}, "pixels": None}
-    parts["classes"] = tuple(data.classes[place] for place in kept)
-    gone = None
+    changed: dict[str, Any] = {"classes": tuple(data.classes[place] for place in kept)}
+    parts, gone = {}, None
     for name in ("train", "test"):
-        images, labels = getattr(data, f"{name}_images"), getattr(data, f"{name}_labels")
+        labels = getattr(data, f"{name}_labels")
         if labels is None:
             continue
-        paths, stays = data.names(name), numbers[labels] >= 0
+        stays = numbers[labels] >= 0
         check(bool(stays.any()), f"{problem} has no {name} image left then: leave others out")
         chosen = stays.nonzero().flatten()
-        parts["files"][name] = [paths[i] for i in chosen.tolist()]
-        parts[f"{name}_images"] = Subset(images, chosen)
-        parts[f"{name}_labels"] = numbers[labels[chosen]]
+        parts[name] = name, chosen
+        changed[f"{name}_labels"] = numbers[labels[chosen]]
         if name == "test" and not stays.all():
+            images: Any = data.test_images
             gone = Subset(images, (~stays).nonzero().flatten())
-    return replace(data, **parts), gone
+    return replace(with_parts(data, parts), **changed), gone
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
