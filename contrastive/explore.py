@@ -275,7 +275,8 @@ def the_map(
         }
         also = {"selection_fill_alpha": 1.0, "nonselection_fill_alpha": 0.8}
         dot = plot.scatter("x", "y", source=dots, view=view, **also, **look)
-        swatch = plot.scatter([], [], **look | {"fill_alpha": 1.0})  # over that of the dots
+        # Over that of the dots in the legend. Without a point, though nowhere, it is not drawn.
+        swatch = plot.scatter([math.nan], [math.nan], **look | {"fill_alpha": 1.0})
         drawn.append((dot, swatch))
         items.append(LegendItem(label={"value": name}, renderers=[dot, swatch]))
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections import Counter
 from io import BytesIO
 
 import numpy as np
@@ -277,11 +278,22 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
         picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
         return picture.getpixel(tuple(map(round, opened.place(i))))
 
+    def in_the_legend(k):
+        """The colour of a class in the legend, that which has most of it."""
+        picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
+        item = opened.driver.execute_script(LEGEND)[k].rect
+        left, middle = round(item["x"]), round(item["y"] + item["height"] / 2)
+        colours = [picture.getpixel((left + i, middle)) for i in range(24)]
+        return Counter(each for each in colours if min(each) < 240).most_common(1)[0][0]
+
     opened.point(12, click=True)  # also what is chosen takes the colour
     opened.wait(lambda: "012.png" in opened.text())
     opened.away()  # what it shows hides other dots
     classes = [drawn(i) for i in (1, 5, 7, 17)]
     assert classes[0] == classes[1] != classes[2]
+    shades = [in_the_legend(k) for k in range(3)]
+    assert shades[1] == (255, 127, 14)  # the second of Category10
+    assert len(set(shades)) == 3
     choose = Select(opened.elements("SELECT")[0])
     assert [option.text for option in choose.options] == ["the class", "rising", "falling"]
     for way, least, most in (("rising", 1, 17), ("falling", 17, 1)):
@@ -292,9 +304,11 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
         assert green < blue
         assert red < 140, "violet"
         assert drawn(12) not in classes
+        assert [in_the_legend(k) for k in range(3)] == [(211, 211, 211)] * 3  # lightgrey
     assert "the surest" in opened.text()
     choose.select_by_value("the class")
     opened.wait(lambda: [drawn(i) for i in (1, 5, 7, 17)] == classes)
+    assert [in_the_legend(k) for k in range(3)] == shades
     assert "the surest" not in opened.text()
 
 
