@@ -39,10 +39,11 @@ def begin(config: str) -> simCLR.Config:
     return fn.load_config(simCLR.Config, ROOT / config)
 
 
-def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
+def entry(run: Path, base: simCLR.Config, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """What is kept of a finished run, or of a run whose encoder was measured once more.
 
-    Of the latter it keeps what pretraining and measuring at once would have had for flags.
+    Of the latter it keeps what pretraining and measuring at once would have had for flags. also:
+    further parts of results.json.
     """
     results = json.loads((run / "results.json").read_text())
     config = fn.load_config(simCLR.Config, run / "config.yaml")
@@ -65,6 +66,7 @@ def entry(run: Path, base: simCLR.Config) -> dict[str, Any]:
         "threads": results["threads"],
         "precision": results["precision"],
         "commit": results["git_commit"][:7],
+        **{name: results[name] for name in also},
     }
 
 
@@ -86,10 +88,12 @@ def in_words(flags: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in flags.items())
 
 
-def add(runs: list[str], base: simCLR.Config, kept: Path) -> list[dict[str, Any]]:
+def add(
+    runs: list[str], base: simCLR.Config, kept: Path, also: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """All entries of a page's JSON file, with these runs; one measured anew takes its old place."""
     known = json.loads(kept.read_text()) if kept.is_file() else []
-    added = [entry(Path(run), base) for run in runs]
+    added = [entry(Path(run), base, also) for run in runs]
     entries = list({key(one): one for one in known + added}.values())
     kept.write_text(json.dumps(entries, indent=1) + "\n")
     return entries

@@ -1,0 +1,158 @@
+"""Is it right to be sure? What each way is worth, over seeds, at one budget.
+
+    python results/certainty/certainty.py runs/A runs/B   # adds these runs, draws and writes anew
+
+All runs begin from configs/cifar10_certainty.yaml; they differ in --loss and --seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import functions as fn  # noqa: E402
+from contrastive.arithmetic import T  # noqa: E402
+from contrastive.losses import CERTAIN  # noqa: E402
+from results import measured  # noqa: E402
+
+CONFIG = "configs/cifar10_certainty.yaml"
+PLAIN = "nt_xent"
+ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
+
+# What is asked of a way: {its name in results.json: (its name here, what chance has)}.
+ASKED = {
+    "r_auroc": ("nearest alike", 0.5),
+    "aurc": ("probe's error", None),
+    "crops": ("crops", 0.0),
+    "blur": ("blur", 0.0),
+    "noise": ("noise", 0.0),
+    "people": ("people", 0.0),
+}
+
+INTRODUCTION = f"""# How sure is it, and is it right to be?
+
+Made by `python results/certainty/certainty.py`. Each run is
+
+    python simCLR.py --config {CONFIG}
+
+with `--loss` and `--seed`: CIFAR-10 (JPEG copy), two 16-pixel views, the same arithmetic for all.
+Certainties are asked of the 10,000 test images, at 32 pixels; of 2,000 of them cropped, blurred and
+with noise; and of up to 2,000 images of another set. Cells are mean ± standard deviation over the
+seeds; the raw values are in [certainty.json](certainty.json).
+"""
+
+WORDS = """\
+Nearest alike: AUROC with which a certainty tells the test images whose nearest test image is of the
+same class. Probe's error: its mean over how many of the surest are kept (AURC, better the lower).
+Crops, blur, noise, people: Spearman with how well an image can be seen, and with how much people
+agree on it (CIFAR-10H). Against another set: AUROC of the test images against it; .5 is chance, and
+below that the other set is found the surer. In bold: learned by a loss of its own; the others are
+what plain SimCLR offers."""
+
+
+def loss_of(one: dict[str, Any]) -> str:
+    """Which loss an entry was trained with."""
+    words = one["flags"].split()
+    return words[words.index("--loss") + 1] if "--loss" in words else PLAIN
+
+
+def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{loss: its entries, by seed}, plain SimCLR first."""
+    runs = sorted(entries, key=lambda one: one["seed"])
+    found = {loss: [one for one in runs if loss_of(one) == loss] for loss in (PLAIN, *CERTAIN)}
+    return {loss: some for loss, some in found.items() if some}
+
+
+def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{way: what it is worth, for each seed}: those of plain SimCLR, then the other losses' own."""
+    found = {}
+    for loss, runs in by_loss(entries).items():
+        ways = runs[0]["certainty"]["ways"] if loss == PLAIN else [loss]
+        found |= {way: [run["certainty"]["ways"][way] for run in runs] for way in ways}
+    return found
+
+
+def values_of(worths: list[dict[str, Any]], name: str) -> list[float]:
+    """A measure of each seed; none where a way has none. `against X` is of another set."""
+    _, _, other = name.partition("against ")
+    values = (one["others"].get(other) if other else one[name] for one in worths)
+    return [value for value in values if value is not None]
+
+
+def mean(values: list[float], unit: float = 1, digits: int = 3) -> str:
+    """Mean ± standard deviation, if there are several."""
+    if not values:
+        return ""
+    text = f"{unit * statistics.mean(values):.{digits}f}"
+    return f"{text} ± {unit * statistics.stdev(values):.{digits}f}" if values[1:] else text
+
+
+def page(entries: list[dict[str, Any]]) -> str:
+    """README.md: what it costs in accuracy, and what each way is worth."""
+    runs, ways = by_loss(entries), by_way(entries)
+    others = [f"against {name}" for name in entries[0]["certainty"]["ways"]["norm of h"]["others"]]
+    costs = [
+        f"| loss | {' | '.join(ACCURACIES.values())} | seeds | T | minutes | on | commit |",
+        "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
+    ]
+    for loss, some in runs.items():
+        cells = [
+            f"`{loss}`",
+            *(
+                ", ".join(f"{100 * one[name]:.1f}" for one in some)
+                + f": **{mean([one[name] for one in some], 100, 1)} %**"
+                for name in ACCURACIES
+            ),
+            ", ".join(str(one["seed"]) for one in some),
+            f"{some[0]['macs'] / T:.3f}",
+            f"{statistics.mean(one['seconds'] for one in some) / 60:.0f}",
+            ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in some})),
+            ", ".join(sorted({one["commit"] for one in some})),
+        ]
+        costs.append(f"| {' | '.join(cells)} |")
+
+    names = [*(name for name, _ in ASKED.values()), *others]
+    worth = [f"| certainty | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    for way, worths in ways.items():
+        name = f"**{way}**" if way in CERTAIN else way
+        cells = [mean(values_of(worths, key)) for key in (*ASKED, *others)]
+        worth.append(f"| {name} | {' | '.join(cells)} |")
+
+    parts = [INTRODUCTION.strip(), "## Does it cost accuracy?", "\n".join(costs)]
+    parts += ["## What is it worth?", "\n".join(worth), WORDS]
+    parts.append("![What each certainty is worth](certainty.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+@fn.drawing
+def draw(entries: list[dict[str, Any]], file: Path) -> None:
+    """A panel for each question, a row for each way, a dot for each seed and a line at the mean."""
+    ways = by_way(entries)
+    figure, axes = fn.new_figure(15, 1.6 + 0.34 * len(ways), columns=len(ASKED))
+    for number, (axis, (key, (name, chance))) in enumerate(zip(axes, ASKED.items(), strict=True)):
+        for place, (way, worths) in enumerate(ways.items()):
+            values, color = values_of(worths, key), f"C{1 if way in CERTAIN else 0}"
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
+            if values:
+                axis.plot(statistics.mean(values), place, "|", color=color, ms=16, mew=2.5)
+        if chance is not None:
+            axis.axvline(chance, color="0.6", linestyle=":")
+        axis.set_yticks(range(len(ways)), list(ways) if number == 0 else [])
+        axis.set_ylim(len(ways) - 0.5, -0.5)
+        axis.margins(x=0.12)
+        axis.grid(axis="x", alpha=0.3)
+        better = "less is better" if key == "aurc" else "more is better"
+        axis.set(title=name, xlabel=better)
+    fn.save_figure(figure, file)
+
+
+if __name__ == "__main__":
+    base = measured.begin(CONFIG)
+    entries = measured.add(sys.argv[1:], base, HERE / "certainty.json", also=("certainty",))
+    (HERE / "README.md").write_text(page(entries))
+    draw(entries, HERE / "certainty.png")
