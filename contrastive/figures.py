@@ -158,7 +158,7 @@ def print_certainty(found: Certainty, held_out: str) -> None:
     people = any(one.people is not None for one in found.worth.values())
     rows[0] += [
         *(["people"] if people else []),
-        *(f"against {fn.shown(other)}" for other in others),
+        *(f"against {fn.shown(Path(other).name or other)}" for other in others),
     ]
     for name, one in found.worth.items():
         cells = [one.r_auroc, one.aurc, one.crops, one.blur, one.noise]

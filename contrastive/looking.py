@@ -17,6 +17,7 @@ from contrastive.probe import Features
 from functions import Subset
 
 RIGHT, WRONG = "tab:green", "tab:red"
+CELL = 0.75  # inches that an image of a grid takes
 THUMBNAIL = 64  # pixels of a side, at most: TensorBoard lays all of them side by side in one image
 
 
@@ -116,7 +117,7 @@ def draw_grid(
     columns = max(len(cells) for cells in rows.values())
     names = [fn.plain(name, 60) for name in rows]
     beside = 0.4 + 0.1 * max(map(fn.width, names))  # inches
-    figure, axis = fn.new_figure(columns + beside, 1.25 * len(rows) + 0.6)
+    figure, axis = fn.new_figure(CELL * columns + beside, CELL * 1.25 * len(rows) + 0.6)
     for r, cells in enumerate(rows.values()):
         for c, cell in enumerate(cells):
             if cell is None:
@@ -199,7 +200,7 @@ def plot_typical(looked: Looked, file: Path, most: int = 20, each: int = 6) -> N
 
 @fn.drawing
 def plot_surest(
-    looked: Looked, values: dict[str, Tensor], file: Path, most: int = 6, each: int = 12
+    looked: Looked, values: dict[str, Tensor], file: Path, most: int = 4, each: int = 12
 ) -> None:
     """The test images of a class that the last way is surest and least sure of, {way: (N,)}, of up
     to `most` classes; wrong ones are framed."""

@@ -77,10 +77,8 @@ def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def values_of(worths: list[dict[str, Any]], name: str) -> list[float]:
-    """A measure of each seed; none where a way has none. `against X` is of another set."""
-    _, _, other = name.partition("against ")
-    values = (one["others"].get(other) if other else one[name] for one in worths)
+def known(values: list[float | None]) -> list[float]:
+    """Those of the seeds that have one: not each way is asked each question."""
     return [value for value in values if value is not None]
 
 
@@ -95,7 +93,7 @@ def mean(values: list[float], unit: float = 1, digits: int = 3) -> str:
 def page(entries: list[dict[str, Any]]) -> str:
     """README.md: what it costs in accuracy, and what each way is worth."""
     runs, ways = by_loss(entries), by_way(entries)
-    others = [f"against {name}" for name in entries[0]["certainty"]["ways"]["norm of h"]["others"]]
+    others = list(entries[0]["certainty"]["ways"]["norm of h"]["others"])
     costs = [
         f"| loss | {' | '.join(ACCURACIES.values())} | seeds | T | minutes | on | commit |",
         "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
@@ -116,11 +114,13 @@ def page(entries: list[dict[str, Any]]) -> str:
         ]
         costs.append(f"| {' | '.join(cells)} |")
 
-    names = [*(name for name, _ in ASKED.values()), *others]
+    names = [name for name, _ in ASKED.values()]
+    names += [f"against {Path(name).name}" for name in others]
     worth = [f"| certainty | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for way, worths in ways.items():
         name = f"**{way}**" if way in CERTAIN else way
-        cells = [mean(values_of(worths, key)) for key in (*ASKED, *others)]
+        cells = [mean(known([one[key] for one in worths])) for key in ASKED]
+        cells += [mean(known([one["others"].get(other) for one in worths])) for other in others]
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## Does it cost accuracy?", "\n".join(costs)]
@@ -136,7 +136,7 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
     figure, axes = fn.new_figure(15, 1.6 + 0.34 * len(ways), columns=len(ASKED))
     for number, (axis, (key, (name, chance))) in enumerate(zip(axes, ASKED.items(), strict=True)):
         for place, (way, worths) in enumerate(ways.items()):
-            values, color = values_of(worths, key), f"C{1 if way in CERTAIN else 0}"
+            values, color = known([one[key] for one in worths]), f"C{1 if way in CERTAIN else 0}"
             axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
             if values:
                 axis.plot(statistics.mean(values), place, "|", color=color, ms=16, mew=2.5)
