@@ -70,7 +70,7 @@ def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """{way: what it is worth, for each seed}: those of plain SimCLR, then the other losses' own."""
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for loss, runs in by_loss(entries).items():
         ways = runs[0]["certainty"]["ways"] if loss == PLAIN else [loss]
         found |= {way: [run["certainty"]["ways"][way] for run in runs] for way in ways}
