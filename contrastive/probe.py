@@ -209,29 +209,35 @@ def train_by_sgd(
 
 
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FOLDS = 5
 
 
 def best_penalty(features: Features, seed: int, steps: int = 100) -> float:
     """The C of PENALTIES that suits these features: the test images have no say.
 
-    The smaller C, the smaller the weights. What a probe of few labels, or of an encoder that was
-    trained briefly, would learn by heart is then left alone: that is worth up to three points.
+    The smaller C, the smaller the weights, so that a probe of few labels, or of an encoder that was
+    trained briefly, does not learn by heart what says nothing of other images.
 
     A fifth of the images is held out from the others to choose; with fewer than 100 labels of a
-    class each fifth is, in turn, and where a class has one label the smallest C is taken. What is
-    compared is the likelihood of the held-out labels: among few images accuracy is too coarse.
-    `steps` of L-BFGS for each C, which begins where the one before it ended, tell them apart.
+    class each fifth is, in turn, and of less than five labels each one. Classes of fewer than five
+    have no say where others have more. With one label of each class there is nothing to choose by,
+    and C is 0.01. What is compared is the likelihood of the held-out labels: among few images
+    accuracy is too coarse. `steps` of L-BFGS for each C, which begins where the one before it
+    ended, tell them apart.
     """
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
-    fewest = int(features.train_labels.bincount().min())
-    if fewest == 1:
-        return min(PENALTIES)
-    if fewest < 100:
-        folds = StratifiedKFold(min(fewest, 5), shuffle=True, random_state=seed)
+    counts = features.train_labels.bincount()
+    least = min(FOLDS, int(counts.max()))
+    enough = counts >= least
+    if least == 1 or int(enough.sum()) == 1:
+        return 0.01
+    part = features.labelled(enough[features.train_labels].nonzero().flatten())
+    if int(counts[enough].min()) < 100:
+        folds = StratifiedKFold(least, shuffle=True, random_state=seed)
     else:
-        folds = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
+        folds = StratifiedShuffleSplit(1, test_size=1 / FOLDS, random_state=seed)
 
     choice = LogisticRegressionCV(
         Cs=PENALTIES,
@@ -243,7 +249,7 @@ def best_penalty(features: Features, seed: int, steps: int = 100) -> float:
         use_legacy_attributes=False,
     )
     with without_convergence_warnings():
-        choice.fit(features.train.numpy(), features.train_labels.numpy())
+        choice.fit(part.train.numpy(), part.train_labels.numpy())
     return PENALTIES[int(choice.scores_.mean(axis=(0, 1)).argmax())]  # (folds, l1_ratios, Cs)
 
 

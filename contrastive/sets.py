@@ -56,7 +56,7 @@ class Sets:
         learned = learned if self.differ else measured
         if not settings.needs_labels:
             return Sets(learned, measured)
-        _, labels, test_images, _ = measured.labelled(settings.set_flag)
+        _, labels, _, test_labels = measured.labelled(settings.set_flag)
         labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
         for amount in settings.label_amounts:
             amount.check(labels, measured.classes)
@@ -68,7 +68,7 @@ class Sets:
         others = load_others(settings, self.measured)
         if unseen is not None:
             others = {"classes left out": some_of(unseen, settings.seed), **others}
-        people = load_people(settings, len(test_images), len(measured.classes))
+        people = load_people(settings, test_labels, len(measured.classes))
         return Sets(learned, measured, others, people)
 
 
@@ -148,8 +148,9 @@ def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str
     return found
 
 
-def load_people(settings: CertaintySettings, images: int, classes: int) -> Tensor | None:
-    """What people answered, float32 (N, classes), each row to sum to 1. Raises UserError."""
+def load_people(settings: CertaintySettings, labels: Tensor, classes: int) -> Tensor | None:
+    """What people answered, float32 (N, classes), each row to sum to 1. labels: int64 (N,), of the
+    images that they were shown. Raises UserError."""
     if settings.human_labels is None:
         return None
     flag = f"--human_labels {settings.human_labels}"
@@ -158,10 +159,14 @@ def load_people(settings: CertaintySettings, images: int, classes: int) -> Tenso
     except (OSError, ValueError, EOFError):
         raise UserError(f"{flag} is no file of numbers .npy: take another") from None
     check(isinstance(answers, np.ndarray), f"{flag} holds several arrays: save one as .npy")
-    shape, fits = (images, classes), answers.dtype.kind in "fiu"
+    shape, fits = (len(labels), classes), answers.dtype.kind in "fiu"
     problem = f"{flag} is {answers.dtype} {answers.shape}, where the test images need {shape}"
     check(fits and answers.shape == shape, f"{problem}: one row for each, in their order")
     people = torch.from_numpy(answers.astype(np.float32))
     valid = bool(people.isfinite().all() and (people >= 0).all() and (people.sum(1) > 0).all())
     check(valid, f"{flag} has rows without an answer, or negative ones: take shares or counts")
+    # People mostly agree with the labels; with rows in another order they would not.
+    agree = fn.accuracy(people.argmax(1), labels)
+    problem = f"{flag} agrees with the labels of only {fn.percent(agree)} of the test images"
+    check(agree >= 0.5, f"{problem}: bring its rows into the order of their files")
     return people / people.sum(1, keepdim=True)

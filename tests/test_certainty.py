@@ -39,6 +39,7 @@ from contrastive.sets import load_others, load_people, load_sets
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 RIGHT = torch.tensor([True, False, True, True, False])
+LABELS = torch.tensor([0, 1])
 
 # ------------------------------------------------------------------------------------------------
 # Orders
@@ -274,8 +275,8 @@ def test_other_sets_come_at_the_size_of_the_images(image_folder, tmp_path):
 def test_answers_of_people_are_shares(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[3, 1], [0, 2]]))
     config = make_config(human_labels=str(tmp_path / "a.npy"))
-    assert load_people(config, 2, 2).tolist() == [[0.75, 0.25], [0, 1]]
-    assert load_people(make_config(), 2, 2) is None
+    assert load_people(config, LABELS, 2).tolist() == [[0.75, 0.25], [0, 1]]
+    assert load_people(make_config(), LABELS, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -283,6 +284,10 @@ def test_answers_of_people_are_shares(tmp_path):
     [
         (np.ones((3, 2)), "need (2, 2)"),
         (np.array([[1, -1], [0, 2]]), "negative"),
+        (
+            np.array([[0, 2], [3, 1]]),
+            "only 0.0 % of the test images: bring its rows into the order",
+        ),
         (np.array([[0, 0], [0, 2]]), "without an answer"),
         (np.array([[np.nan, 1], [0, 2]]), "without an answer"),
         (np.array([[np.inf, 1], [0, 2]]), "without an answer"),
@@ -298,7 +303,7 @@ def test_answers_that_are_none_are_refused(answers, words, tmp_path):
     else:
         np.save(file, answers)
     config = make_config(human_labels=str(file))
-    message = user_error(load_people, config, 2, 2)
+    message = user_error(load_people, config, LABELS, 2)
     assert "--human_labels" in message
     assert words in message
 
@@ -326,7 +331,7 @@ COMMON |= {"agreement of views"}
 
 def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     """What was learned beside the embedding is asked where the head was kept."""
-    np.save(tmp_path / "people.npy", np.full((24, 3), 1 / 3) + np.eye(3)[np.arange(24) % 3])
+    np.save(tmp_path / "people.npy", np.full((24, 3), 1 / 3) + np.eye(3)[np.arange(24) // 8])
     flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
     flags += ["--knn_k", 5, "--other_sets", "noise", "--human_labels", "people.npy"]
     train = ["--stem", "imagenet", "--batch_size", 32, "--epochs", 1, "--loss", "tau"]

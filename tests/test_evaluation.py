@@ -173,39 +173,50 @@ def test_the_penalty_is_chosen_without_the_test_images(monkeypatch):
     assert reached > accuracy_of(probed(features, "lbfgs"), features)
 
 
-def test_a_few_labels_choose_the_penalty_by_cross_validation():
-    """Five folds, written out: the likelihood of each fold's labels by a probe of the others."""
+@pytest.mark.parametrize("per_class", [2, 7])
+def test_a_few_labels_choose_the_penalty_by_cross_validation(per_class):
+    """The folds, written out: the likelihood of each one's labels by a probe of the others."""
     from sklearn.model_selection import StratifiedKFold
 
-    features = noisy_blobs(noise=0.6, per_class=40)
-    x, labels = features.train, features.train_labels
-    few = fn.per_class_subset(labels, 7, 0)
-    part = features.labelled(few)
+    part = blobs(spread=0.5, per_class=per_class)
     x, labels = part.train, part.train_labels
-    folds = list(StratifiedKFold(5, shuffle=True, random_state=3).split(x, labels))
+    folds = StratifiedKFold(min(5, per_class), shuffle=True, random_state=3)
 
     @torch.no_grad()
     def loss(penalty):
         total = 0.0
-        for rest, held_out in folds:
+        for rest, held_out in folds.split(x, labels):
             linear = probing.logistic_regression(part.labelled(torch.from_numpy(rest)), penalty)
             logits = linear(x[held_out].to(linear.weight.dtype))
             total += float(nn.functional.cross_entropy(logits, labels[held_out]))
         return total
 
-    assert probing.best_penalty(part, seed=3) == min(probing.PENALTIES, key=loss)
+    best = min(probing.PENALTIES, key=loss)
+    assert probing.best_penalty(part, seed=3) == best
+    assert min(probing.PENALTIES) < best
 
 
-@pytest.mark.parametrize("per_class", [2, 99, 100])
-def test_however_few_the_labels_noise_asks_for_small_weights(per_class):
-    """Smaller than scikit-learn's own C = 1 leaves them."""
+@pytest.mark.parametrize("per_class", [30, 99, 100])
+def test_noise_asks_for_small_weights_and_clear_classes_for_large_ones(per_class):
     features = noisy_blobs(noise=0.6, per_class=per_class)
-    assert probing.best_penalty(features, seed=0) < 1.0
+    assert probing.best_penalty(features, seed=0) < 0.3
+    assert probing.best_penalty(blobs(per_class=per_class), seed=0) == max(probing.PENALTIES)
 
 
-def test_one_label_of_a_class_cannot_be_held_out():
-    features = noisy_blobs(noise=0.6, per_class=1)
-    assert probing.best_penalty(features, seed=0) == min(probing.PENALTIES)
+def test_a_class_too_small_to_choose_by_does_not_choose_for_all():
+    """One label of a fourth class, beside clear ones of many."""
+    features = blobs(num_classes=4, per_class=100)
+    part = features.labelled(torch.arange(301))
+    chosen = probing.best_penalty(features.labelled(torch.arange(300)), seed=0)
+    assert probing.best_penalty(part, seed=0) == chosen == max(probing.PENALTIES)
+    assert accuracy_of(probed(part, "lbfgs"), features) > 0.9
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (9, 1, 1)])
+def test_where_no_label_can_be_held_out_weights_are_small(counts):
+    features = blobs()
+    few = torch.cat([(features.train_labels == c).nonzero()[:n, 0] for c, n in enumerate(counts)])
+    assert probing.best_penalty(features.labelled(few), seed=0) == 0.01
 
 
 @pytest.mark.parametrize("probe", ["sgd", "lbfgs"])

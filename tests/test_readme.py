@@ -295,6 +295,41 @@ def test_the_ablations_are_what_was_measured():
                 assert seeds in ([], [0], [0, 1, 2])
 
 
+def certain_entry(loss, seed):
+    """A run of results/certainty, as its page keeps it."""
+    ways = ["norm of h", "probe's softmax"] + ([] if loss == "nt_xent" else [loss])
+    measures = ("r_auroc", "aurc", "crops", "blur", "noise", "people")
+    worth = dict.fromkeys(measures, 0.5 + 0.1 * seed) | {"others": {"data/b": 0.75}}
+    entry = {"flags": "" if loss == "nt_xent" else f"--loss {loss}", "seed": seed}
+    entry |= {"linear": 0.6, "knn": 0.5, "macs": 2e14, "seconds": 60}
+    entry |= {"processor": "x", "threads": 1, "commit": "abc"}
+    return entry | {"certainty": {"ways": {way: dict(worth) for way in ways}}}
+
+
+def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
+    certainty = module_of(ROOT / "results/certainty/certainty.py")
+    entries = [certain_entry(loss, seed) for loss in ("nt_xent", "tau") for seed in (1, 0)]
+    entries[2]["certainty"]["ways"]["probe's softmax"]["r_auroc"] = 0.9
+    entries[0]["certainty"]["ways"]["norm of h"]["people"] = None
+    page = certainty.page(entries)
+    assert "| `tau` | 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** | 0, 1 |" in page
+    assert "| **tau** | 0.550 ± 0.071 |" in page
+    assert "| probe's softmax | 0.550 ± 0.071 |" in page
+    assert "| tau: probe's softmax | 0.700 ± 0.283 |" in page
+    assert "| against b |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| norm of h"))
+    assert row.endswith("| 0.500 | 0.750 ± 0.000 |")  # one seed was asked about people
+    certainty.draw(entries, tmp_path / "certainty.png")
+    assert (tmp_path / "certainty.png").stat().st_size > 10_000
+
+
+def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
+    certainty = module_of(ROOT / "results/certainty/certainty.py")
+    other = certain_entry("tau", 0) | {"flags": "--epochs 1 --loss tau"}
+    with pytest.raises(SystemExit, match="--epochs 1"):
+        certainty.page([certain_entry("nt_xent", 0), other])
+
+
 def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
     """In half the bytes, and shown its images as before."""
     flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]

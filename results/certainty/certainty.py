@@ -22,6 +22,7 @@ from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_certainty.yaml"
 PLAIN = "nt_xent"
+BAR = "probe's softmax"  # of the same encoder: what a learned certainty has to beat
 ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
 
 # What is asked of a way: {its name in results.json: (its name here, what chance has)}.
@@ -51,29 +52,31 @@ Nearest alike: AUROC with which a certainty tells the test images whose nearest 
 same class. Probe's error: its mean over how many of the surest are kept (AURC, better the lower).
 Crops, blur, noise, people: Spearman with how well an image can be seen, and with how much people
 agree on it (CIFAR-10H). Against another set: AUROC of the test images against it; .5 is chance, and
-below that the other set is found the surer. In bold: learned by a loss of its own; the others are
-what plain SimCLR offers."""
-
-
-def loss_of(one: dict[str, Any]) -> str:
-    """Which loss an entry was trained with."""
-    words = one["flags"].split()
-    return words[words.index("--loss") + 1] if "--loss" in words else PLAIN
+below that the other set is found the surer. First stands what plain SimCLR offers; then, in bold,
+what each loss has learned, and below it what it has to beat: the largest probability of a probe on
+the same encoder."""
 
 
 def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{loss: its entries, by seed}, plain SimCLR first."""
-    runs = sorted(entries, key=lambda one: one["seed"])
-    found = {loss: [one for one in runs if loss_of(one) == loss] for loss in (PLAIN, *CERTAIN)}
+    """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more are refused."""
+    found: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (PLAIN, *CERTAIN)}
+    for one in sorted(entries, key=lambda one: one["seed"]):
+        loss = one["flags"].removeprefix("--loss ") or PLAIN
+        if loss not in found:
+            sys.exit(f"a run with {one['flags']}: these pages compare losses alone")
+        found[loss].append(one)
     return {loss: some for loss, some in found.items() if some}
 
 
 def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{way: what it is worth, for each seed}: those of plain SimCLR, then the other losses' own."""
+    """{way: what it is worth, for each seed}: those of plain SimCLR, then what each other loss has
+    learned, with BAR of the same runs."""
     found: dict[str, list[dict[str, Any]]] = {}
     for loss, runs in by_loss(entries).items():
-        ways = runs[0]["certainty"]["ways"] if loss == PLAIN else [loss]
-        found |= {way: [run["certainty"]["ways"][way] for run in runs] for way in ways}
+        plain = {way: way for way in runs[0]["certainty"]["ways"]}
+        ways = plain if loss == PLAIN else {loss: loss, f"{loss}: {BAR}": BAR}
+        for name, way in ways.items():
+            found[name] = [run["certainty"]["ways"][way] for run in runs]
     return found
 
 
@@ -93,7 +96,7 @@ def mean(values: list[float], unit: float = 1, digits: int = 3) -> str:
 def page(entries: list[dict[str, Any]]) -> str:
     """README.md: what it costs in accuracy, and what each way is worth."""
     runs, ways = by_loss(entries), by_way(entries)
-    others = list(entries[0]["certainty"]["ways"]["norm of h"]["others"])
+    others = list(entries[0]["certainty"]["ways"][BAR]["others"])
     costs = [
         f"| loss | {' | '.join(ACCURACIES.values())} | seeds | T | minutes | on | commit |",
         "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
@@ -152,6 +155,8 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     base = measured.begin(CONFIG)
     entries = measured.add(sys.argv[1:], base, HERE / "certainty.json", also=("certainty",))
     (HERE / "README.md").write_text(page(entries))
