@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import functions as fn
 from functions import check, nt_xent_loss
@@ -226,7 +228,7 @@ def mc_infonce_loss(outputs: Tensor, temperature: float) -> Tensor:
     After MCInfoNCE (Kirchhof et al. 2023, arXiv 2302.02865): an image that is ambiguous has many
     embeddings that would do. Each has a direction mu and a concentration kappa here, S samples z
     are drawn of each, and the likelihood that NT-Xent takes the logarithm of is averaged over
-    them. Certainty is kappa. Memory grows with S (2N)^2.
+    them. Certainty is kappa.
     """
     mu, kappa = F.normalize(outputs[:, :-1], dim=1), concentration(outputs)
     return mean_likelihood(power_spherical(mu, kappa, SAMPLES), temperature)
@@ -239,12 +241,19 @@ def mean_likelihood(samples: Tensor, temperature: float) -> Tensor:
 
     With kappa at infinity all samples are mu, and it is NT-Xent; 1 / tau is its kappa of positives.
     """
-    logits = samples @ samples.transpose(1, 2) / temperature  # (S, 2N, 2N)
-    count = logits.shape[1]
-    itself = torch.eye(count, dtype=torch.bool, device=logits.device)
-    log_p = logits.masked_fill(itself, -torch.inf).log_softmax(2)
-    positive = torch.arange(count, device=logits.device).roll(count // 2)
-    of_positive = log_p[:, torch.arange(count, device=logits.device), positive]  # (S, 2N)
+    count = samples.shape[1]
+    rows = torch.arange(count, device=samples.device)
+    positive = rows.roll(count // 2)
+
+    def log_p(z: Tensor) -> Tensor:
+        """Of the positives, with one sample of each: (2N, D) -> (2N,)."""
+        logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        return logits.log_softmax(1)[rows, positive]
+
+    # A (2N, 2N) matrix for each sample would be too much to keep: each is computed once more for
+    # the gradient.
+    again = functools.partial(checkpoint, log_p, use_reentrant=False, preserve_rng_state=False)
+    of_positive = torch.stack([again(z) for z in samples])  # (S, 2N)
     return (math.log(len(samples)) - of_positive.logsumexp(0)).mean()
 
 

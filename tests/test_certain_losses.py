@@ -111,6 +111,17 @@ def test_the_gradient_of_the_mean_likelihood():
     assert torch.autograd.gradcheck(lambda z: mean_likelihood(z, 0.4), (samples,))
 
 
+def test_the_mean_likelihood_keeps_no_matrix_of_similarities():
+    """Of 64 rows, each with 64 others; what is kept are samples (64, 4) and numbers (64,)."""
+    samples, kept = F.normalize(randn(5, 64, 4), dim=2).requires_grad_(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    )
+    with hooks:
+        mean_likelihood(samples, 0.4)
+    assert max(kept) <= samples.numel() < 64 * 64
+
+
 @pytest.mark.parametrize("loss", EXACT)
 def test_neither_the_order_of_images_nor_of_views_matters(loss):
     outputs = randn(2, 7, 5)
