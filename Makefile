@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow check benchmarks clean
 
-demo: .venv/ready  ## the whole of SimCLR on 1,797 handwritten digits, about two minutes on two CPU cores
+demo: .venv/ready  ## the whole of SimCLR on 1,797 handwritten digits, a few minutes on two CPU cores
 	$(BIN)/python simCLR.py --config configs/digits.yaml
 
 test: .venv/ready-for-tests  ## the fast tests

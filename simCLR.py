@@ -4,7 +4,7 @@ T. Chen, S. Kornblith, M. Norouzi, G. Hinton: A Simple Framework for Contrastive
 Representations, ICML 2020 (arXiv 2002.05709): "the paper" below, with its sections and equations.
 
     python simCLR.py                                           # CIFAR-10: pretrain, then measure
-    python simCLR.py --config configs/digits.yaml              # two minutes on two CPU cores
+    python simCLR.py --config configs/digits.yaml              # a few minutes on two CPU cores
     python simCLR.py --stages knn,probe --checkpoint runs/...  # measure a run's encoder again
     python simCLR.py --resume                                  # continue the newest run
 
