@@ -212,7 +212,7 @@ PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 FOLDS = 5
 
 
-def best_penalty(features: Features, seed: int, steps: int = 100) -> float:
+def best_penalty(features: Features, seed: int) -> float:
     """The C of PENALTIES that suits these features: the test images have no say.
 
     The smaller C, the smaller the weights, so that a probe of few labels, or of an encoder that was
@@ -222,8 +222,8 @@ def best_penalty(features: Features, seed: int, steps: int = 100) -> float:
     class each fifth is, in turn, and of less than five labels each one. Classes of fewer than five
     have no say where others have more. With one label of each class there is nothing to choose by,
     and C is 0.01. What is compared is the likelihood of the held-out labels: among few images
-    accuracy is too coarse. `steps` of L-BFGS for each C, which begins where the one before it
-    ended, tell them apart.
+    accuracy is too coarse. A hundred steps of L-BFGS for each C, which begins where the one before
+    it ended, tell them apart.
     """
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
@@ -244,7 +244,7 @@ def best_penalty(features: Features, seed: int, steps: int = 100) -> float:
         l1_ratios=(0,),
         cv=folds,
         scoring="neg_log_loss",
-        max_iter=steps,
+        max_iter=100,
         refit=False,
         use_legacy_attributes=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
+from contrastive.arithmetic import T  # noqa: E402
 from contrastive.certainty import CertaintySettings  # noqa: E402
 from contrastive.evaluation import EvaluationSettings  # noqa: E402
-from contrastive.few_labels import FewLabelsSettings  # noqa: E402
+from contrastive.few_labels import FewLabelsSettings, mean_and_deviation  # noqa: E402
 from contrastive.finetuning import FineTuningSettings  # noqa: E402
 from contrastive.probe import ProbeSettings  # noqa: E402
 
@@ -102,3 +104,33 @@ def add(
 def key(one: dict[str, Any]) -> tuple[Any, ...]:
     """What no two entries of a page have in common."""
     return one["script"], one["flags"], one["seed"]
+
+
+# ------------------------------------------------------------------------------------------------
+# What the pages say of several seeds
+# ------------------------------------------------------------------------------------------------
+
+
+def summary(values: list[float]) -> str:
+    """Raw values, and what they come to, in percent."""
+    raw = ", ".join(f"{100 * value:.1f}" for value in values)
+    return raw if len(values) == 1 else f"{raw}: **{mean_and_deviation(values)}**"
+
+
+MADE = "T | minutes | on | commit"
+
+
+def made(entries: list[dict[str, Any]]) -> list[str]:
+    """How the runs of one row were made: the cells of MADE."""
+    return [
+        f"{entries[0]['macs'] / T:.3f}",
+        f"{statistics.mean(one['seconds'] for one in entries) / 60:.0f}",
+        ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in entries})),
+        ", ".join(sorted({one["commit"] for one in entries})),
+    ]
+
+
+def draw_seeds(axis: Any, values: list[float], place: int, color: str) -> None:
+    """A dot for each seed, and a line at their mean, in the row `place` of a figure."""
+    axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
+    axis.plot(statistics.mean(values), place, "|", color=color, ms=20, mew=2.5)

@@ -273,14 +273,16 @@ def test_a_click_on_the_legend_hides_a_class(opened):
 def test_the_colours_say_the_class_or_how_sure_it_is(opened):
     from selenium.webdriver.support.select import Select
 
+    def screenshot():
+        return Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
+
     def drawn(i):
         """The colour of an image's dot on the screen, (r, g, b)."""
-        picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
-        return picture.getpixel(tuple(map(round, opened.place(i))))
+        return screenshot().getpixel(tuple(map(round, opened.place(i))))
 
     def in_the_legend(k):
         """The colour of a class in the legend, that which has most of it."""
-        picture = Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
+        picture = screenshot()
         item = opened.driver.execute_script(LEGEND)[k].rect
         left, middle = round(item["x"]), round(item["y"] + item["height"] / 2)
         colours = [picture.getpixel((left + i, middle)) for i in range(24)]

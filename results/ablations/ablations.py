@@ -20,8 +20,6 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
-from contrastive.arithmetic import T  # noqa: E402
-from contrastive.few_labels import mean_and_deviation  # noqa: E402
 from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_ablation.yaml"
@@ -175,24 +173,14 @@ with the flags of the row, and `--seed`.
 """
 
 
-def summary(values: list[float]) -> str:
-    """Raw values, and what they come to, in percent."""
-    raw = ", ".join(f"{100 * value:.1f}" for value in values)
-    return raw if len(values) == 1 else f"{raw}: **{mean_and_deviation(values)}**"
-
-
 def row(arm: str, flags: str, entries: list[dict[str, Any]]) -> str:
     """A line of a question's table: what one arm reached."""
     found = runs_of(flags, entries)
-    seconds = statistics.mean(one["seconds"] for one in found)
     cells = [
         arm,
         f"`{flags}`" if flags else "",
-        *(summary([one[metric] for one in found]) for metric in METRICS),
-        f"{found[0]['macs'] / T:.3f}",
-        f"{seconds / 60:.0f}",
-        ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in found})),
-        ", ".join(sorted({one["commit"] for one in found})),
+        *(measured.summary([one[metric] for one in found]) for metric in METRICS),
+        *measured.made(found),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -205,7 +193,7 @@ def page(entries: list[dict[str, Any]]) -> str:
         if not arms:
             continue
         rows = [
-            f"| | flags | {' | '.join(METRICS.values())} | T | minutes | on | commit |",
+            f"| | flags | {' | '.join(METRICS.values())} | {measured.MADE} |",
             "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
             *(row(*arm, entries) for arm in arms.items()),
         ]
@@ -230,8 +218,7 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
         for place, flags in enumerate(arms.values()):
             values = [100 * one[metric] for one in runs_of(flags, entries)]
             color = f"C{0 if flags else 1}"
-            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
-            axis.plot(statistics.mean(values), place, "|", color=color, ms=20, mew=2.5)
+            measured.draw_seeds(axis, values, place, color)
             mean = f"{statistics.mean(values):.1f}"
             axis.annotate(
                 mean, (max(values), place), (8, 0), textcoords="offset points", va="center"

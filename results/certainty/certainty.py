@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import functions as fn  # noqa: E402
-from contrastive.arithmetic import T  # noqa: E402
 from contrastive.losses import CERTAIN  # noqa: E402
 from results import measured  # noqa: E402
 
@@ -85,12 +84,12 @@ def known(values: list[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def mean(values: list[float], unit: float = 1, digits: int = 3) -> str:
+def mean(values: list[float]) -> str:
     """Mean ± standard deviation, if there are several."""
     if not values:
         return ""
-    text = f"{unit * statistics.mean(values):.{digits}f}"
-    return f"{text} ± {unit * statistics.stdev(values):.{digits}f}" if values[1:] else text
+    text = f"{statistics.mean(values):.3f}"
+    return f"{text} ± {statistics.stdev(values):.3f}" if values[1:] else text
 
 
 def page(entries: list[dict[str, Any]]) -> str:
@@ -98,22 +97,15 @@ def page(entries: list[dict[str, Any]]) -> str:
     runs, ways = by_loss(entries), by_way(entries)
     others = list(entries[0]["certainty"]["ways"][BAR]["others"])
     costs = [
-        f"| loss | {' | '.join(ACCURACIES.values())} | seeds | T | minutes | on | commit |",
+        f"| loss | {' | '.join(ACCURACIES.values())} | seeds | {measured.MADE} |",
         "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
     ]
     for loss, some in runs.items():
         cells = [
             f"`{loss}`",
-            *(
-                ", ".join(f"{100 * one[name]:.1f}" for one in some)
-                + f": **{mean([one[name] for one in some], 100, 1)} %**"
-                for name in ACCURACIES
-            ),
+            *(measured.summary([one[name] for one in some]) for name in ACCURACIES),
             ", ".join(str(one["seed"]) for one in some),
-            f"{some[0]['macs'] / T:.3f}",
-            f"{statistics.mean(one['seconds'] for one in some) / 60:.0f}",
-            ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in some})),
-            ", ".join(sorted({one["commit"] for one in some})),
+            *measured.made(some),
         ]
         costs.append(f"| {' | '.join(cells)} |")
 
@@ -140,9 +132,8 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
     for number, (axis, (key, (name, chance))) in enumerate(zip(axes, ASKED.items(), strict=True)):
         for place, (way, worths) in enumerate(ways.items()):
             values, color = known([one[key] for one in worths]), f"C{1 if way in CERTAIN else 0}"
-            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5)
             if values:
-                axis.plot(statistics.mean(values), place, "|", color=color, ms=16, mew=2.5)
+                measured.draw_seeds(axis, values, place, color)
         if chance is not None:
             axis.axvline(chance, color="0.6", linestyle=":")
         axis.set_yticks(range(len(ways)), list(ways) if number == 0 else [])
