@@ -1,4 +1,4 @@
-"""How far do a few labels get? Section 4.2, Table 7: semi-supervised learning."""
+"""How far do a few labels get? Section 6, Table 7: semi-supervised learning."""
 
 from __future__ import annotations
 
