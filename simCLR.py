@@ -45,6 +45,7 @@ from contrastive.augmentation import (
 )
 from contrastive.caching import GradientCache
 from contrastive.certainty import Asked
+from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, group_norm
 from contrastive.evaluation import EvaluationSettings, draw, evaluate
 from contrastive.features import save_features
 from contrastive.lars import LARS
@@ -132,8 +133,9 @@ class EncoderAndHead(fn.Settings):
 
     title: ClassVar[str] = "encoder and head"
 
-    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
-    """f(.), the base encoder (the paper: resnet50)"""
+    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"] = "resnet18"
+    """f(.), the base encoder (the paper: resnet50); compact is a network of seven convolutions for
+    small images, which learns more from the same arithmetic"""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """first layers: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is
     torchvision's own"""
@@ -162,6 +164,7 @@ class EncoderAndHead(fn.Settings):
 
     def validate(self) -> None:
         super().validate()
+        check_encoder(self.encoder, self.stem, self.zero_init)
         self.require("hidden_dim embedding_dim", fn.at_least(1))
         self.require("head_layers", fn.NOT_NEGATIVE)
         self.require("head_dropout", fn.BELOW_1)
@@ -170,16 +173,14 @@ class EncoderAndHead(fn.Settings):
         check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or fewer where they do not divide the channels.
-
-    Its statistics are of one image alone.
-    """
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+def check_encoder(name: str, stem: str, zero_init: bool) -> None:
+    """Raises UserError for an encoder that does not exist, or not with these settings."""
+    known = ("resnet18", "resnet34", "resnet50", "resnet101", "compact")
+    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
+    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
+    given = {"--stem imagenet": stem == "imagenet", "--zero_init": zero_init}
+    flags = " and ".join(flag for flag, is_given in given.items() if is_given)
+    check(name != "compact" or not flags, f"{flags}: for ResNets, not for --encoder compact")
 
 
 def build_encoder(
@@ -189,7 +190,7 @@ def build_encoder(
     activation: str = "relu",
     zero_init: bool = False,
 ) -> tuple[nn.Module, int]:
-    """(encoder, feature_dim): a ResNet without its classifier.
+    """(encoder, feature_dim): a ResNet without its classifier, or a `CompactNet`.
 
     Images (B, 3, H, W) -> h (B, feature_dim). The cifar stem replaces the 7x7 stride-2 convolution
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
@@ -199,12 +200,15 @@ def build_encoder(
     """
     from torchvision import models
 
-    known = ("resnet18", "resnet34", "resnet50", "resnet101")
-    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
-    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
+    check_encoder(name, stem, zero_init)
     check(norm in NORMS, f"--norm {norm} is unknown; choose batch or group")
     kinds = ", ".join(ACTIVATIONS)
     check(activation in ACTIVATIONS, f"--activation {activation} is unknown; choose from {kinds}")
+
+    if name == "compact":
+        compact = CompactNet(NORMS[norm], ACTIVATIONS[activation])
+        use_small_maps(compact)
+        return compact.to(memory_format=layout("cpu")), CompactNet.width
 
     encoder: Any = models.get_model(
         name, weights=None, norm_layer=NORMS[norm], zero_init_residual=zero_init

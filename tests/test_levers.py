@@ -14,6 +14,7 @@ from torchvision import models
 
 import functions as fn
 import simCLR
+from contrastive.arithmetic import macs_of
 from contrastive.lars import LARS
 
 # ------------------------------------------------------------------------------------------------
@@ -63,6 +64,62 @@ def test_blocks_that_begin_as_the_identity_are(name, norm, seeded):
 def test_images_of_any_side_become_representations(stem, side):
     encoder, dim = simCLR.build_encoder("resnet18", stem)
     assert encoder.eval()(torch.rand(1, 3, side, side)).shape == (1, dim)
+
+
+def compact_by_hand(x, state, activation):
+    """Conv, norm, nonlinearity; thrice: conv, max-pool, norm, nonlinearity, x + the same again."""
+
+    def conv(x, name):
+        return nn.functional.conv2d(x, state[f"{name}.weight"], padding=1)
+
+    def norm(x, name):
+        names = ("running_mean", "running_var", "weight", "bias")
+        return nn.functional.batch_norm(x, *(state[f"{name}.{part}"] for part in names))
+
+    x = activation(norm(conv(x, "conv1"), "norm1"))
+    for block in ("block1", "block2", "block3"):
+        x = nn.functional.max_pool2d(conv(x, f"{block}.conv1"), 2, ceil_mode=True)
+        x = activation(norm(x, f"{block}.norm1"))
+        x = x + activation(norm(conv(x, f"{block}.conv2"), f"{block}.norm2"))
+    return x.flatten(2).mean(2)
+
+
+@pytest.mark.parametrize("side", [4, 8, 16, 33])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_compact_encoder_is_seven_convolutions(side, activation, seeded):
+    encoder, dim = simCLR.build_encoder("compact", activation=activation)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for part in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(part)
+    x = torch.rand(3, 3, side, side)
+    by_hand = compact_by_hand(x, encoder.state_dict(), getattr(nn.functional, activation))
+    assert dim == 512
+    torch.testing.assert_close(encoder.eval()(x), by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_the_compact_encoder_takes_two_fifths_of_the_arithmetic_of_resnet18():
+    compact, resnet = (simCLR.build_encoder(name)[0] for name in ("compact", "resnet18"))
+    shapes = {
+        32: [3 * 32, 32 * 64],
+        16: [64 * 64, 64 * 256],
+        8: [256 * 256, 256 * 512],
+        4: [512**2],
+    }
+    assert macs_of(compact, 32) == sum(9 * s * s * sum(pairs) for s, pairs in shapes.items())
+    assert 2.5 < macs_of(resnet, 32) / macs_of(compact, 32) < 2.6
+
+
+def test_no_image_of_a_compact_encoder_with_group_norm_depends_on_the_others(seeded):
+    encoder, _ = simCLR.build_encoder("compact", norm="group")
+    x = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(encoder(x)[:1], encoder(x[:1]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["--stem=imagenet", "--zero_init=true"])
+def test_what_is_for_resnets_is_refused_with_the_compact_encoder(flag):
+    problem = user_error(fn.parse_config, simCLR.Config, ["--encoder", "compact", flag])
+    assert flag.replace("=true", "").replace("=", " ") in problem
 
 
 def test_an_unknown_activation_is_named():

@@ -1,0 +1,72 @@
+"""What encoders are made of, and a small one that learns more from the same arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or fewer where they do not divide the channels.
+
+    Its statistics are of one image alone.
+    """
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+
+
+class CompactNet(nn.Module):
+    """Images (B, 3, H, W) -> h (B, 512): seven convolutions for small images.
+
+    ResNet-18 with the CIFAR stem has five convolutions at the images' full size and four at each
+    smaller one. Here there are two at each, one of them before the map is halved: a forward pass of
+    a 32-pixel image takes 218 M multiply-accumulates instead of 555 M. For the same arithmetic it
+    sees 2.5 times as many images, in 2.5 times as many steps, and learns far more.
+
+    The shape is that of the networks with which people race to 94 % on CIFAR-10 with labels:
+    D. Page's ResNet-9 (DAWNBench 2018) and K. Jordan's airbench (arXiv 2404.00498). norm:
+    channels -> its layer; activation: the class of it.
+    """
+
+    width = 512
+
+    def __init__(self, norm: Any = nn.BatchNorm2d, activation: Any = nn.ReLU) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(3, 32)
+        self.norm1 = norm(32)
+        self.activation = activation()
+        self.block1 = CompactBlock(32, 64, norm, activation)
+        self.block2 = CompactBlock(64, 256, norm, activation)
+        self.block3 = CompactBlock(256, self.width, norm, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(self.conv1(x)))
+        x = self.block3(self.block2(self.block1(x)))
+        return x.mean((2, 3))
+
+
+class CompactBlock(nn.Module):
+    """(B, inputs, H, W) -> (B, outputs, H / 2, W / 2), rounded up: widen, halve, then x + F(x)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Any, activation: Any) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.norm1 = norm(outputs)
+        self.conv2 = conv3x3(outputs, outputs)
+        self.norm2 = norm(outputs)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(self.pool(self.conv1(x))))
+        return x + self.activation(self.norm2(self.conv2(x)))
+
+
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+    """A convolution that keeps the map's size; the normalisation behind it has the bias."""
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
