@@ -49,7 +49,7 @@ def by_hand(model, side):
     return total
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "compact"])
 @pytest.mark.parametrize("side", [8, 20, 33])
 def test_the_count_is_what_the_layers_say(name, side):
     """Also of maps that are computed by a shortcut, and with any normalisation and head."""

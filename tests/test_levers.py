@@ -309,9 +309,14 @@ def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, ru
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_an_encoder_of_another_activation_is_measured_with_it(run_here, tmp_path):
-    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--activation", "gelu"]
-    flags += ["--no-baselines", "--knn_k", 5]
+@pytest.mark.parametrize(
+    "architecture",
+    [{"stem": "imagenet", "activation": "gelu"}, {"encoder": "compact", "whiten": "true"}],
+    ids=lambda architecture: "-".join(architecture.values()),
+)
+def test_an_encoder_is_measured_as_what_it_was_trained_as(architecture, run_here, tmp_path):
+    flags = ["--dataset", "digits", "--epochs", 1, "--no-baselines", "--knn_k", 5]
+    flags += [f"--{name}={value}" for name, value in architecture.items()]
     done = run_here(
         "simCLR.py", *flags, "--stages", "pretrain,knn", "--output_dir", "a", cwd=tmp_path
     )
@@ -320,7 +325,8 @@ def test_an_encoder_of_another_activation_is_measured_with_it(run_here, tmp_path
     done = run_here("simCLR.py", *flags, "--knn_k", 5, "--output_dir", "b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = [fn.load_config(simCLR.Config, tmp_path / name / "config.yaml") for name in "ab"]
-    assert [config.activation for config in results] == ["gelu", "gelu"]
+    for name in set(architecture) - {"whiten"}:
+        assert [getattr(config, name) for config in results] == 2 * [architecture[name]]
     numbers = [(tmp_path / name / "results.json").read_text() for name in "ab"]
     first, again = (text.partition('"knn"')[2].split("}")[0] for text in numbers)
     assert first == again

@@ -98,6 +98,15 @@ QUESTIONS = [
         },
     ),
     Question(
+        "encoder",
+        "Which encoder, for the same arithmetic?",
+        "",
+        {
+            "ResNet-18, 2 epochs": "",
+            "compact, 5 epochs": "--encoder compact --epochs 5",
+        },
+    ),
+    Question(
         "stem",
         "Which first layers, for the same arithmetic?",
         "",
