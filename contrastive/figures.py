@@ -101,6 +101,8 @@ def plot_few_labels(
             axis.plot(x, means, marker="o", markersize=4, color=f"C{color}", label=name)
             band = means - spread, means + spread
             axis.fill_between(x, *band, color=f"C{color}", alpha=0.2, linewidth=0)
+            if len(x) == 1:  # whose band has no width
+                axis.errorbar(x, means, spread, color=f"C{color}", capsize=4)
         axis.set(title=method, xlabel="labels per class", xscale="log")
         axis.set_ylabel(f"{held_out} accuracy")
         counts = sorted({few.images / classes for few in ours})

@@ -3,7 +3,7 @@
     python results/cost.py       # writes results/cost.png
 
 Ours are results/cifar10-*, each a recipe of configs/ on all training images; several seeds of one
-recipe are one point, their mean. The others stand in anchors.json.
+recipe are one point, their mean. The others, all of ResNet-18, stand in anchors.json.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import functions as fn  # noqa: E402
+import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
+ENCODERS = {"resnet18": ("ResNet-18", "C1"), "compact": ("compact encoder", "C0")}
 
 
-def ours() -> list[tuple[float, float, int]]:
+def ours(encoder: str) -> list[tuple[float, float, int]]:
     """(T, mean of the linear accuracies in percent, number of seeds) of each configuration."""
     found = defaultdict(list)
     for file in HERE.glob("cifar10-*/results.json"):
         results = json.loads(file.read_text())
+        config = fn.load_config(simCLR.Config, file.parent / "config.yaml")
         name, _, _ = file.parent.name.partition("-seed")
-        found[name, results["pretrain"]["macs"]].append(results["probe"]["test_accuracy"])
+        if config.encoder == encoder:
+            found[name, results["pretrain"]["macs"]].append(results["probe"]["test_accuracy"])
     points = [
         (macs / T, 100 * statistics.mean(all_), len(all_)) for (_, macs), all_ in found.items()
     ]
@@ -44,15 +48,17 @@ def draw(file: Path) -> None:
     for method, marker in METHODS.items():
         theirs = [one for one in published if one["method"] == method]
         t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
-        axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=f"{method}, published")
-    points = ours()
-    cost, reached = [point[0] for point in points], [point[1] for point in points]
-    axis.plot(cost, reached, "o-", color="C1", label="SimCLR, here")
-    for x, y, n in points:
-        words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
-        above = 8 if (x, y, n) == points[-1] else -16  # the others' words are below the line
-        style = {"textcoords": "offset points", "ha": "center", "color": "C1"}
-        axis.annotate(words, (x, y), (0, above), **style)
+        name = f"{method}, published: ResNet-18"
+        axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
+    for encoder, (name, color) in ENCODERS.items():
+        points = ours(encoder)
+        cost, reached = [point[0] for point in points], [point[1] for point in points]
+        axis.plot(cost, reached, "o-", color=color, label=f"SimCLR, here: {name}")
+        for x, y, n in points:
+            words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
+            above = 8 if (x, y, n) == points[-1] else -16  # the others' words are below the line
+            style = {"textcoords": "offset points", "ha": "center", "color": color}
+            axis.annotate(words, (x, y), (0, above), **style)
     axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
     axis.set_xscale("log")
     ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
@@ -60,7 +66,7 @@ def draw(file: Path) -> None:
     axis.minorticks_off()
     axis.set_xlabel("arithmetic of pretraining in T (logarithmic)")
     axis.set_ylabel("linear accuracy on CIFAR-10 in %")
-    axis.set_title("How much is learned from how little arithmetic: ResNet-18, no labels")
+    axis.set_title("How much is learned from how little arithmetic, without labels")
     axis.legend(loc="lower right", frameon=False)
     fn.save_figure(figure, file)
 
