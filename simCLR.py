@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -127,17 +127,20 @@ def random_views(images: Tensor, t: Views, size: int | None = None, count: int =
 # ------------------------------------------------------------------------------------------------
 
 
+EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"]
+
+
 @dataclass
 class EncoderAndHead(fn.Settings):
     """f(.), which is kept, and g(.), which pretraining alone needs."""
 
     title: ClassVar[str] = "encoder and head"
 
-    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"] = "resnet18"
+    encoder: EncoderName = "resnet18"
     """f(.), the base encoder (the paper: resnet50); compact is a network of seven convolutions for
     small images, which learns more from the same arithmetic"""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """first layers: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is
+    """first layers of a ResNet: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is
     torchvision's own"""
     norm: Literal["batch", "group"] = "batch"
     """BatchNorm as in the paper, or GroupNorm (32 groups), for which no image depends on the
@@ -145,7 +148,7 @@ class EncoderAndHead(fn.Settings):
     activation: Literal["relu", "gelu", "silu", "leaky_relu"] = "relu"
     """the encoder's nonlinearity (the paper and torchvision: relu)"""
     zero_init: bool = False
-    """let each residual block begin as the identity, as in the paper's own code: its last
+    """let each block of a ResNet begin as the identity, as in the paper's own code: its last
     normalisation scales by 0"""
     head_layers: int = 2
     """linear layers of g(.): 2 as in the paper, 1 is a linear head, 0 compares h itself"""
@@ -175,12 +178,13 @@ class EncoderAndHead(fn.Settings):
 
 def check_encoder(name: str, stem: str, zero_init: bool) -> None:
     """Raises UserError for an encoder that does not exist, or not with these settings."""
-    known = ("resnet18", "resnet34", "resnet50", "resnet101", "compact")
+    known = get_args(EncoderName)
     check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
     check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
     given = {"--stem imagenet": stem == "imagenet", "--zero_init": zero_init}
     flags = " and ".join(flag for flag, is_given in given.items() if is_given)
-    check(name != "compact" or not flags, f"{flags}: for ResNets, not for --encoder compact")
+    problem = f"{flags}: that is of ResNets, not of --encoder {name}"
+    check(name != "compact" or not flags, f"{problem}: leave it out, or take a ResNet")
 
 
 def build_encoder(
@@ -289,7 +293,7 @@ class SimCLRModel(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Section 2.3: large batches, and a learning rate that follows them
+# Sections 2.2 and 2.3: large batches, and a learning rate that follows them
 # ------------------------------------------------------------------------------------------------
 
 
@@ -603,7 +607,8 @@ def print_model(model: SimCLRModel, data: ImageDataset, config: Config) -> None:
     if "pretrain" in config.stages_list:
         n, side = len(data.pretraining_images), data.train_images.shape[-1]
         print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
-    print(f"{config.encoder}, {config.stem} stem, {parameters:.1f} M parameters; {config.machine}")
+    stem = "" if config.encoder == "compact" else f", {config.stem} stem"
+    print(f"{config.encoder}{stem}, {parameters:.1f} M parameters; {config.machine}")
 
 
 def main(config: Config) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or fewer where they do not divide the channels.
+    """GroupNorm with 32 groups, or fewer: they divide the channels, and have two of them at least.
 
-    Its statistics are of one image alone.
+    Its statistics are of one image alone; of one channel alone they would take its colours away.
     """
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups if 2 * groups <= channels else max(1, groups // 2), channels)
 
 
 NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}

@@ -1,7 +1,7 @@
 """3x3 convolutions of small maps as matrix products: what makes small images fast on a CPU.
 
-The last layers of a ResNet see 32-pixel images as maps of 4x4 pixels and less, for which a library
-made for large maps takes several times as long (benchmarks/convolution.py).
+The last layers of an encoder see 32-pixel images as maps of 4x4 pixels and less, for which a
+library made for large maps takes several times as long (benchmarks/convolution.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def use_small_maps(network: nn.Module) -> None:
-    """Replace a ResNet's 3x3 convolutions by SmallMapConv2d, with the same weights and names."""
+    """Replace a network's 3x3 convolutions by SmallMapConv2d, with the same weights and names."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3):

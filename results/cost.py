@@ -52,6 +52,8 @@ def draw(file: Path) -> None:
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
     for encoder, (name, color) in ENCODERS.items():
         points = ours(encoder)
+        if not points:
+            continue
         cost, reached = [point[0] for point in points], [point[1] for point in points]
         axis.plot(cost, reached, "o-", color=color, label=f"SimCLR, here: {name}")
         for x, y, n in points:

@@ -42,6 +42,7 @@ case "${1:?which piece: 1, 2, 3 or 4}" in
     run simCLR.py $tiny --stages pretrain --micro_batch_size 24 --output_dir "$(fresh micro)"
     run simCLR.py $tiny --stages pretrain --blur 0.5 --norm group --output_dir "$(fresh blur)"
     run simCLR.py $tiny --stages pretrain --precision fp32 --output_dir "$(fresh fp32)"
+    run simCLR.py $tiny --encoder compact --stem cifar --output_dir "$(fresh compact)"
     run rnn.py --dataset digits --accelerator "$ACC" --cell all --epochs 2 --output_dir "$(fresh rows)"
     run rnn_hyperparameter_tune.py --dataset digits --accelerator "$ACC" --n_trials 4 --epochs 1 \
         --workers 2 --output_dir "$(fresh study)"
