@@ -140,8 +140,8 @@ class EncoderAndHead(fn.Settings):
     """f(.), the base encoder (the paper: resnet50); compact is a network of seven convolutions for
     small images, which learns more from the same arithmetic"""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """first layers of a ResNet: cifar is 3x3 stride 1 without max-pool, for small images; imagenet is
-    torchvision's own"""
+    """first layers of a ResNet: cifar is 3x3 stride 1 without max-pool, for small images; imagenet
+    is torchvision's own"""
     norm: Literal["batch", "group"] = "batch"
     """BatchNorm as in the paper, or GroupNorm (32 groups), for which no image depends on the
     others of its batch"""

@@ -337,7 +337,7 @@ def measure_baselines(
     folder: Path,
 ) -> dict[str, Measured]:
     """What an accuracy is worth shows beside these two: an untrained network is no bad start,
-    and on simple images the pixels alone are hard to beat. normalize: by the set's own statistics."""
+    and on simple images pixels alone are hard to beat. normalize: by the set's own statistics."""
     print("measuring raw pixels and the untrained encoder", flush=True)
     compared = ",".join(stage for stage in settings.stages_list if stage in MEASURING)
     alike = replace(settings, stages=compared)  # what is only looked at needs no probe here
