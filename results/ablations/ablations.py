@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ QUESTIONS = [
     Question(
         "layers",
         "Which layer is the representation?",
-        "",
+        "h. To find partners in spite of crop and colour, g throws away what the classes need: "
+        "with seed 0 the linear probe reads nine points less from z, and six of them are gone "
+        "after the hidden layer. So g is for training alone (Section 4.2: more than ten points).",
         {
             "h": "",
             "after the hidden layer": "--probe_layer 1",
@@ -52,7 +55,9 @@ QUESTIONS = [
     Question(
         "head",
         "Does h need a head behind it?",
-        "",
+        "Yes: without one it is h that has to forget colour and place, which costs seven points "
+        "of the linear probe and five of k-NN (seed 0). A linear head is behind by three points of "
+        "k-NN; the linear probe does not tell it from the paper's (there it is 3 % behind).",
         {
             "none": "--head_layers 0",
             "linear": "--head_layers 1",
@@ -100,7 +105,9 @@ QUESTIONS = [
     Question(
         "encoder",
         "Which encoder, for the same arithmetic?",
-        "",
+        "A compact one, by far: it sees 2.5 times as many images, in as many more steps. Its "
+        "weights begin as PyTorch has them, those of ResNet-18 as torchvision has them; at one "
+        "learning rate.",
         {
             "ResNet-18, 2 epochs": "",
             "compact, 5 epochs": "--encoder compact --epochs 5",
@@ -173,8 +180,10 @@ CIFAR-10 (JPEG copy), a fiftieth of T. Linear (L-BFGS, 20,000 labels) and k-NN a
 10,000 other training images, at 32 pixels: the test images were not looked at. So short a training
 says what is learned *first*; what wins here need not win after a thousand epochs.
 
-Raw values of seeds 0, 1, 2, then mean ± standard deviation, or of seed 0 alone. Minutes are those
-of pretraining in bfloat16, beside other work: no measure of speed.
+Raw values of seeds 0, 1, 2, as far as they have been run, then mean ± standard deviation. Two
+seeds of the beginning are 1.3 points of the linear probe apart and .8 of k-NN: less than that says
+nothing where there is one seed. Minutes are those of pretraining in bfloat16, beside other work: no
+measure of speed.
 
     python simCLR.py --config {CONFIG}
 
@@ -206,7 +215,7 @@ def page(entries: list[dict[str, Any]]) -> str:
             "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
             *(row(*arm, entries) for arm in arms.items()),
         ]
-        parts += [f"## {question.asks}", question.found, "\n".join(rows)]
+        parts += [f"## {question.asks}", textwrap.fill(question.found, 100), "\n".join(rows)]
         parts.append(f"![{question.asks}]({question.name}.png)")
     return "\n\n".join(part for part in parts if part) + "\n"
 
