@@ -412,3 +412,10 @@ def test_a_quarter_of_the_arithmetic_is_what_was_measured():
         if folder.startswith("cifar10-"):
             cost = results_of(folder)["pretrain"]["macs"] / 3.33e15
             assert f"| {cost:.3f} |" in row or f"**{cost:.2f} T**" in row
+
+
+def test_every_recipe_is_a_point_of_the_cost_figure():
+    cost = module_of(ROOT / "results/cost.py")
+    points = [point for encoder in cost.ENCODERS for point in cost.ours(encoder)]
+    assert sum(seeds for _, _, seeds in points) == len(list(ROOT.glob("results/cifar10-*/")))
+    assert all(0.05 < t < 1 and 70 < linear < 100 for t, linear, _ in points)
