@@ -44,8 +44,8 @@ QUESTIONS = [
         "layers",
         "Which layer is the representation?",
         "h. To find partners in spite of crop and colour, g throws away what the classes need: "
-        "with seed 0 the linear probe reads nine points less from z, and six of them are gone "
-        "after the hidden layer. So g is for training alone (Section 4.2: more than ten points).",
+        "the linear probe reads nine points less from z, with both seeds, and five or six of them "
+        "are gone after the hidden layer. So g is for training alone (Section 4.2: more than ten points).",
         {
             "h": "",
             "after the hidden layer": "--probe_layer 1",
