@@ -58,7 +58,8 @@ QUESTIONS = [
         "Does h need a head behind it?",
         "Yes: without one it is h that has to forget colour and place, which costs seven points "
         "of the linear probe and five of k-NN (seed 0). A linear head may be behind by three "
-        "points of k-NN; the linear probe does not tell it from the paper's (there it is 3 % behind).",
+        "points of k-NN; the linear probe does not tell it from the paper's (there it is 3 % "
+        "behind).",
         {
             "none": "--head_layers 0",
             "linear": "--head_layers 1",
