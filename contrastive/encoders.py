@@ -13,8 +13,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
     Its statistics are of one image alone; of one channel alone they would take its colours away.
     """
-    groups = math.gcd(32, channels)
-    return nn.GroupNorm(groups if 2 * groups <= channels else max(1, groups // 2), channels)
+    groups = min(math.gcd(32, channels), max(1, channels // 2))
+    return nn.GroupNorm(groups, channels)
 
 
 NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
