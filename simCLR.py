@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,19 @@ from contrastive.augmentation import (
 )
 from contrastive.caching import GradientCache
 from contrastive.certainty import Asked
-from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, group_norm
+from contrastive.encoders import (
+    ACTIVATIONS,
+    NORMS,
+    CompactNet,
+    EncoderName,
+    check_encoder,
+    group_norm,
+)
 from contrastive.evaluation import EvaluationSettings, draw, evaluate
 from contrastive.features import save_features
 from contrastive.lars import LARS
 from contrastive.losses import Loss, certain_loss, contrastive_loss
+from contrastive.muon import Muon
 from contrastive.plan import print_plan
 from contrastive.pretrained import as_trained, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
@@ -127,9 +135,6 @@ def random_views(images: Tensor, t: Views, size: int | None = None, count: int =
 # ------------------------------------------------------------------------------------------------
 
 
-EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"]
-
-
 @dataclass
 class EncoderAndHead(fn.Settings):
     """f(.), which is kept, and g(.), which pretraining alone needs."""
@@ -174,17 +179,6 @@ class EncoderAndHead(fn.Settings):
         lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
         remedy = "install triton (on Windows triton-windows), or leave it out"
         check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
-
-
-def check_encoder(name: str, stem: str, zero_init: bool) -> None:
-    """Raises UserError for an encoder that does not exist, or not with these settings."""
-    known = get_args(EncoderName)
-    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
-    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
-    given = {"--stem imagenet": stem == "imagenet", "--zero_init": zero_init}
-    flags = " and ".join(flag for flag, is_given in given.items() if is_given)
-    problem = f"{flags}: that is of ResNets, not of --encoder {name}"
-    check(name != "compact" or not flags, f"{problem}: leave it out, or take a ResNet")
 
 
 def build_encoder(
@@ -311,19 +305,21 @@ class Optimisation(fn.SeveralDevices):
     micro_batch_size: int | None = None
     """images that are in memory at once (all of the batch unless given): the same gradient, a
     third more arithmetic"""
-    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
-    """the paper: lars, which matters for batches above 4096"""
+    optimizer: Literal["sgd", "adam", "adamw", "lars", "muon"] = "sgd"
+    """the paper: lars, which matters for batches above 4096; muon learns more in few steps"""
     momentum: float = 0.9
-    """of sgd and lars"""
+    """of sgd, lars and muon"""
     nesterov: bool = False
-    """sgd and lars look one step of their momentum ahead"""
+    """sgd, lars and muon look one step of their momentum ahead"""
     learning_rate: float | None = None
-    """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.001 for adam and adamw"""
+    """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.03 for muon (the share by
+    which a layer turns in a step), 0.001 for adam and adamw"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the learning rate follows the batch: N / 256 as in the paper, its square root (Appendix
     B.1), or not at all"""
     weight_decay: float = 5e-4
-    """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS)"""
+    """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS), nor is anything
+    with muon, which keeps a weight's length"""
     ema: float | None = None
     """the encoder is a moving average of the trained one, with this decay: 0.99 keeps about the
     last 100 steps"""
@@ -340,8 +336,8 @@ class Optimisation(fn.SeveralDevices):
         self.require("weight_decay warmup_epochs", fn.NOT_NEGATIVE)
         self.require("momentum", fn.BELOW_1)
         self.require("ema", fn.PART)
-        possible = self.momentum > 0 and self.optimizer in ("sgd", "lars")
-        remedy = "take sgd or lars, with momentum, or leave it out"
+        possible = self.momentum > 0 and self.optimizer in ("sgd", "lars", "muon")
+        remedy = "take sgd, lars or muon, with momentum, or leave it out"
         check(possible or not self.nesterov, f"--nesterov is about momentum: {remedy}")
         micro, batch = self.micro_batch_size, self.batch_size
         fits = micro is None or 2 <= micro <= batch
@@ -357,7 +353,7 @@ class Optimisation(fn.SeveralDevices):
         """The learning rate for a batch of 256: what was given, or what suits the optimizer."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return {"sgd": 0.06, "lars": 0.3}.get(self.optimizer, 0.001)
+        return {"sgd": 0.06, "lars": 0.3, "muon": 0.03}.get(self.optimizer, 0.001)
 
 
 SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda _: 1.0}
@@ -372,7 +368,7 @@ def actual_learning_rate(config: Optimisation) -> float:
     return config.base_learning_rate * SCALINGS[config.scaling](config.effective_batch_size / 256)
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], config: Optimisation) -> Any:
+def make_optimizer(parameters: Sequence[nn.Parameter], config: Config) -> Any:
     """What --optimizer names. Weights decay; biases and normalisation do not."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -385,6 +381,9 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: Optimisation) -> 
     options: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     if config.optimizer == "lars":
         return LARS(groups, lr=rate, **options)
+    if config.optimizer == "muon":
+        dtype = fn.REDUCED.get(config.machine.precision, torch.float32)
+        return Muon(groups, lr=rate, dtype=dtype, **options)
     return torch.optim.SGD(groups, lr=rate, fused=True, **options)
 
 

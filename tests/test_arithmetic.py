@@ -10,6 +10,7 @@ from torch import nn
 import functions as fn
 import simCLR
 from contrastive.arithmetic import T, arithmetic, in_words, macs_of
+from contrastive.muon import orthogonalization_macs
 
 IMAGES = randint(256, 40, 3, 32, 32, dtype=torch.uint8)
 
@@ -83,6 +84,17 @@ def test_views_images_and_passes_are_counted():
     assert four["macs"] == 2 * plain["macs"]
     cached = arithmetic(module(epochs=3, micro_batch_size=5))
     assert cached["macs"] == 4 * one * 2 * 120
+
+
+def test_the_products_of_muon_are_counted_in_each_step():
+    """Twelve steps; they do not depend on how many views or images a step has."""
+    model = module().model
+    each = sum(orthogonalization_macs(p.shape) for p in model.parameters() if p.ndim > 1)
+    for views in (2, 4):
+        without, with_it = (
+            arithmetic(module(epochs=3, views=views, optimizer=name)) for name in ("sgd", "muon")
+        )
+        assert with_it["macs"] == without["macs"] + 12 * each
 
 
 def test_images_that_do_not_fill_a_batch_are_not_seen():

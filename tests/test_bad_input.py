@@ -172,7 +172,12 @@ BAD = [
     (SIMCLR, [*DIGITS, "--stem", "round"], "--stem", "imagenet"),
     (SIMCLR, [*DIGITS, "--norm", "layer"], "--norm", "group"),
     (SIMCLR, [*DIGITS, "--optimizer", "rmsprop"], "--optimizer", "lars"),
-    (SIMCLR, [*DIGITS, "--nesterov", "--optimizer", "adam"], "--nesterov", "take sgd or lars"),
+    (
+        SIMCLR,
+        [*DIGITS, "--nesterov", "--optimizer", "adam"],
+        "--nesterov",
+        "take sgd, lars or muon",
+    ),
     (SIMCLR, [*DIGITS, "--momentum", "1"], "--momentum", "below 1"),
     (SIMCLR, [*DIGITS, "--scaling", "cubic"], "--scaling", "sqrt"),
     (SIMCLR, [*DIGITS, "--views", "1"], "--views", "at least 2"),

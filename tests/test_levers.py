@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import make_config, randn, user_error
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import functions as fn
@@ -17,6 +18,7 @@ import simCLR
 from contrastive.arithmetic import macs_of
 from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet
 from contrastive.lars import LARS
+from contrastive.muon import ITERATIONS, Muon, orthogonalization_macs, orthogonalized
 
 # ------------------------------------------------------------------------------------------------
 # Encoders and heads
@@ -242,11 +244,104 @@ def test_lars_does_not_divide_by_zero(zero):
     assert w.isfinite().all()
 
 
+def turned(before, after):
+    """The share of its length by which a layer moved."""
+    return float((before - after.detach()).norm() / before.norm())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 6), (6, 40), (40, 6)])
+def test_muon_weighs_all_directions_alike(rows, columns):
+    """U S V^T -> nearly U V^T, by its SVD: singular values thirty times apart come to about 1."""
+    u, _, v = torch.linalg.svd(randn(rows, columns), full_matrices=False)
+    values = torch.logspace(0, -1.5, 6)
+    kept = u.T @ orthogonalized(u * values @ v) @ v.T
+    assert kept.diag().min() > 0.68
+    assert kept.diag().max() < 1.25
+    assert (kept - torch.diag(kept.diag())).abs().max() < 1e-4
+    assert (u.T @ (u * values @ v) @ v.T).diag().min() < 0.04  # it was far from it
+
+
+def test_muon_orthogonalizes_as_pytorch_does():
+    """torch.optim.Muon has it for matrices, in bfloat16: a step from zeros is -lr times it."""
+    w = nn.Parameter(torch.zeros(16, 48))
+    w.grad = randn(16, 48).float()
+    plain = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+    torch.optim.Muon([w], lr=1.0, ns_steps=ITERATIONS, **plain).step()
+    torch.testing.assert_close(-w.detach(), orthogonalized(w.grad), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_is_its_algorithm(nesterov):
+    """Written out: three steps of a weight and of a bias."""
+    rate, m = 0.2, 0.9
+    w, b = randn(4, 3), randn(4, seed=1)
+    parameters = nn.Parameter(w.clone()), nn.Parameter(b.clone())
+    optimizer = Muon(parameters, rate, m, nesterov)
+    v_w, v_b = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(3):
+        g_w, g_b = randn(4, 3, seed=10 + step), randn(4, seed=20 + step)
+        parameters[0].grad, parameters[1].grad = g_w.clone(), g_b.clone()
+        optimizer.step()
+
+        v_w, v_b = m * v_w + g_w, m * v_b + g_b
+        o = orthogonalized(g_w + m * v_w if nesterov else v_w)
+        moved = w - rate * w.norm() * o / o.norm()
+        w = moved * w.norm() / moved.norm()
+        b = b - rate * (g_b + m * v_b if nesterov else v_b)
+        torch.testing.assert_close(parameters[0].detach(), w)
+        torch.testing.assert_close(parameters[1].detach(), b)
+
+
+def test_muon_turns_every_layer_by_the_same_share_and_keeps_its_length():
+    """Whatever the gradient's size; a convolution is a matrix with a row for each output."""
+    layers = [nn.Parameter(randn(5, 2, 3, 3, seed=i)) for i in range(3)]
+    before = [layer.detach().clone() for layer in layers]
+    for i, layer in enumerate(layers):
+        layer.grad = randn(5, 2, 3, 3, seed=9 + i) * 10.0 ** (3 * i)
+    flat = nn.Parameter(layers[0].detach().flatten(1).clone())
+    flat.grad = layers[0].grad.flatten(1)
+    Muon([*layers, flat], 0.01).step()
+    pairs = list(zip(before, layers, strict=True))
+    assert [turned(*pair) for pair in pairs] == pytest.approx([0.01] * 3, rel=0.02)
+    lengths = [[float(w.detach().norm()) for w in pair] for pair in pairs]
+    assert [b for b, _ in lengths] == pytest.approx([a for _, a in lengths])
+    assert torch.equal(layers[0].detach().flatten(1), flat.detach())
+
+
+def test_a_layer_of_channels_last_is_moved_as_any_other():
+    plain, last = nn.Parameter(randn(5, 2, 3, 3)), nn.Parameter(randn(5, 2, 3, 3))
+    last.data = last.data.contiguous(memory_format=torch.channels_last)
+    gradient = randn(5, 2, 3, 3, seed=1)
+    plain.grad = gradient.clone()
+    last.grad = gradient.contiguous(memory_format=torch.channels_last)
+    Muon([plain], 0.01).step()
+    Muon([last], 0.01).step()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain, last)
+
+
+@pytest.mark.parametrize("zero", ["weight", "gradient"])
+def test_muon_does_not_divide_by_zero(zero):
+    w = nn.Parameter(torch.zeros(2, 2) if zero == "weight" else torch.ones(2, 2))
+    w.grad = torch.zeros(2, 2) if zero == "gradient" else torch.ones(2, 2)
+    before = w.detach().clone()
+    Muon([w], 0.5).step()
+    torch.testing.assert_close(w.detach(), before)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (4, 2, 3, 3), (20, 2, 3, 3)])
+def test_the_arithmetic_of_muon_is_what_pytorch_counts(shape):
+    with FlopCounterMode(display=False) as counter:
+        orthogonalized(randn(*shape).flatten(1))
+    assert 2 * orthogonalization_macs(torch.Size(shape)) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
     [
         ("sgd", torch.optim.SGD),
         ("lars", LARS),
+        ("muon", Muon),
         ("adam", torch.optim.Adam),
         ("adamw", torch.optim.AdamW),
     ],
@@ -260,8 +355,8 @@ def test_weights_decay_and_biases_do_not(optimizer, kind):
     assert [p.ndim for p in weights["params"]] == [2]
     assert [p.ndim for p in others["params"]] == [1, 1, 1]
     assert (weights["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-    assert made.defaults["lr"] == {"sgd": 0.06, "lars": 0.3}.get(optimizer, 0.001)
-    if optimizer in ("sgd", "lars"):
+    assert made.defaults["lr"] == {"sgd": 0.06, "lars": 0.3, "muon": 0.03}.get(optimizer, 0.001)
+    if optimizer in ("sgd", "lars", "muon"):
         assert made.defaults["momentum"] == 0.8
 
 
@@ -278,7 +373,9 @@ def test_nesterov_needs_momentum(flags):
     assert "--nesterov" in user_error(make_config(nesterov=True, **flags).validate)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer", ["lars", "muon", pytest.param("adamw", marks=pytest.mark.slow)]
+)
 def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, run_here, tmp_path):
     """End to end, with four views, a mean target and a deeper head; cut off, and gone on with."""
     flags = ["--dataset", image_folder, "--image_size", 8, "--stages", "pretrain"]

@@ -1,0 +1,91 @@
+"""Muon: momentum whose directions all weigh the same, which learns much from few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 3  # Jordan has five for language models, three in his races on CIFAR-10
+A, B, C = 3.4445, -4.7750, 2.0315
+"""Jordan's coefficients of x -> A x + B x^3 + C x^5: as steep at 0 as can be. Three iterations take
+singular values from 0.02 to 1 to between 0.68 and 1.21, smaller ones to 40 times what they were."""
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """U V^T, nearly, of a matrix U S V^T (m, n): its directions, without how much each weighs.
+
+    Newton-Schulz iterations, which are products alone, in `dtype`: an odd polynomial of a matrix is
+    that polynomial of its singular values. Of zeros it makes zeros.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).to(dtype)  # the smaller side first: smaller products
+    x = x / x.norm().clamp(min=1e-20)  # no singular value above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+def orthogonalization_macs(shape: torch.Size) -> int:
+    """Multiply-accumulates of `orthogonalized` for a weight of this shape."""
+    m, n = sorted((shape[0], shape[1:].numel()))
+    return ITERATIONS * (2 * m * m * n + m**3)
+
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al. 2024 (kellerjordan.github.io/posts/muon), for weights that keep their length.
+
+    For a layer's weight W, a row for each output, with gradient G, rate gamma and momentum m:
+
+        V <- m V + G                      (nesterov: then G + m V in place of V)
+        W <- W - gamma |W| O / |O|,       O = `orthogonalized`(V)
+        W <- W |W before| / |W|
+
+    Why: a few directions dominate the gradient of a layer. Steps along it learn these and hardly
+    the rest, steps along O learn all alike. And a weight before a normalisation computes the same
+    whatever its length; as that is kept, gamma is the share by which a layer turns in each step,
+    large gradient or small, and there is nothing for weight decay to do.
+
+    Parameters of one dimension, biases and normalisation, take plain steps with momentum, as in
+    `LARS`. dtype: what the products are computed in.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self.move(w, w.grad, group)
+        return loss
+
+    def move(self, w: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        """One step of one parameter."""
+        momentum = group["momentum"]
+        v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+        v.mul_(momentum).add_(g)
+        update = g.add(v, alpha=momentum) if group["nesterov"] else v
+        if w.ndim == 1:
+            w.sub_(update, alpha=group["lr"])
+            return
+        length = w.norm()
+        o = orthogonalized(update.flatten(1), self.dtype).view_as(w)
+        w.sub_(o * (group["lr"] * length / o.norm().clamp(min=1e-20)))
+        w.mul_(length / w.norm().clamp(min=1e-20))
