@@ -39,7 +39,7 @@ if (chosen.length > 0) {
     const cards = d.neighbours[i].map((j) => card(bank.tile[j],
         `${plain(names[bank.label[j]])}<br>${plain(bank.file[j])}`,
         bank.label[j] == d.label[i] ? "#2ca02c" : "#d62728"))
-    const about = `${plain(d.name[i])}, taken for ${plain(d.taken[i])} (${plain(d.sure[i])})
+    const about = `${plain(d.name[i])}, predicted: ${plain(d.taken[i])} (${plain(d.sure[i])})
         <br>${plain(d.file[i])}`
     panel.text = `<div style="display: flex; flex-wrap: wrap; gap: 8px">
         ${card(d.tile[i], about, "#333")}</div><p>Its nearest training images:</p>
@@ -77,7 +77,7 @@ TOOLTIP = """
   <div style="width: 64px; height: 64px; image-rendering: pixelated;
     background-image: var(--images); background-size: COLUMNSpx auto;
     background-position: @place"></div>
-  <div><b>@name</b><br>taken for @taken<br>@sure sure<br>@file</div>
+  <div><b>@name</b><br>predicted: @taken<br>@sure sure<br>@file</div>
 </div>
 """
 

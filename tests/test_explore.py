@@ -210,7 +210,7 @@ def test_pointing_at_a_dot_shows_its_class_and_what_the_probe_says(opened):
     opened.point(17)
     opened.wait(lambda: "91%" not in opened.text() and "93% sure" in opened.text())
     assert "dog" in opened.text()
-    assert "taken for dog" in opened.text()
+    assert "predicted: dog" in opened.text()
 
 
 @needs_a_browser

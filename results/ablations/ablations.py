@@ -116,6 +116,19 @@ QUESTIONS = [
         },
     ),
     Question(
+        "optimizer",
+        "Which optimizer?",
+        "",
+        {
+            "SGD": "",
+            "SGD, half the rate": "--learning_rate 0.12",
+            "SGD, twice the rate": "--learning_rate 0.5",
+            "Adam": "--optimizer adam --nesterov False --learning_rate 0.001",
+            "LARS": "--optimizer lars --learning_rate 1",
+            "Muon": "--optimizer muon --learning_rate 0.03",
+        },
+    ),
+    Question(
         "stem",
         "Which first layers, for the same arithmetic?",
         "",
