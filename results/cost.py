@@ -22,22 +22,26 @@ import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
-ENCODERS = {"resnet18": ("ResNet-18", "C1"), "compact": ("compact encoder", "C0")}
+KINDS = {  # (encoder, optimizer): what it is called, and its colour
+    ("resnet18", "sgd"): ("ResNet-18", "C1"),
+    ("compact", "sgd"): ("compact encoder", "C0"),
+    ("compact", "muon"): ("compact encoder, Muon", "C2"),
+}
 
 
-def ours(encoder: str) -> list[tuple[float, float, int]]:
-    """(T, mean of the linear accuracies in percent, number of seeds) of each configuration."""
+def ours() -> dict[tuple[str, str], list[tuple[float, float, int]]]:
+    """For each kind, its recipes' (T, mean linear accuracy in percent, number of seeds)."""
     found = defaultdict(list)
     for file in HERE.glob("cifar10-*/results.json"):
         results = json.loads(file.read_text())
         config = fn.load_config(simCLR.Config, file.parent / "config.yaml")
         name, _, _ = file.parent.name.partition("-seed")
-        if config.encoder == encoder:
-            found[name, results["pretrain"]["macs"]].append(results["probe"]["test_accuracy"])
-    points = [
-        (macs / T, 100 * statistics.mean(all_), len(all_)) for (_, macs), all_ in found.items()
-    ]
-    return sorted(points)
+        recipe = config.encoder, config.optimizer, name, results["pretrain"]["macs"] / T
+        found[recipe].append(100 * results["probe"]["test_accuracy"])
+    points = defaultdict(list)
+    for (encoder, optimizer, _, t), reached in sorted(found.items(), key=lambda one: one[0][-1]):
+        points[encoder, optimizer].append((t, statistics.mean(reached), len(reached)))
+    return dict(points)
 
 
 @fn.drawing
@@ -50,10 +54,8 @@ def draw(file: Path) -> None:
         t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
         name = f"{method}, published: ResNet-18"
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
-    for encoder, (name, color) in ENCODERS.items():
-        points = ours(encoder)
-        if not points:
-            continue
+    for kind, points in ours().items():
+        name, color = KINDS[kind]
         cost, reached = [point[0] for point in points], [point[1] for point in points]
         axis.plot(cost, reached, "o-", color=color, label=f"SimCLR, here: {name}")
         for x, y, n in points:

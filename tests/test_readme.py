@@ -416,6 +416,6 @@ def test_a_quarter_of_the_arithmetic_is_what_was_measured():
 
 def test_every_recipe_is_a_point_of_the_cost_figure():
     cost = module_of(ROOT / "results/cost.py")
-    points = [point for encoder in cost.ENCODERS for point in cost.ours(encoder)]
+    points = [point for kind in cost.ours().values() for point in kind]
     assert sum(seeds for _, _, seeds in points) == len(list(ROOT.glob("results/cifar10-*/")))
     assert all(0.05 < t < 1 and 70 < linear < 100 for t, linear, _ in points)
