@@ -45,21 +45,14 @@ from contrastive.augmentation import (
 )
 from contrastive.caching import GradientCache
 from contrastive.certainty import Asked
-from contrastive.encoders import (
-    ACTIVATIONS,
-    NORMS,
-    CompactNet,
-    EncoderName,
-    check_encoder,
-    group_norm,
-)
+from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, EncoderName, group_norm
 from contrastive.evaluation import EvaluationSettings, draw, evaluate
 from contrastive.features import save_features
 from contrastive.lars import LARS
-from contrastive.losses import Loss, certain_loss, contrastive_loss
+from contrastive.losses import Loss, certain_loss, check_loss, contrastive_loss
 from contrastive.muon import Muon
 from contrastive.plan import print_plan
-from contrastive.pretrained import as_trained, encoder_file, load_trained
+from contrastive.pretrained import as_trained, check_encoder, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
 from contrastive.representation import Resized, recalibrate, up_to_layer
 from contrastive.sets import Sets, as_shown, at_learned_size, load_sets
@@ -306,14 +299,14 @@ class Optimisation(fn.SeveralDevices):
     """images that are in memory at once (all of the batch unless given): the same gradient, a
     third more arithmetic"""
     optimizer: Literal["sgd", "adam", "adamw", "lars", "muon"] = "sgd"
-    """the paper: lars, which matters for batches above 4096; muon learns more in few steps"""
+    """the paper: lars, which matters for batches above 4096; muon steps alike in all directions"""
     momentum: float = 0.9
     """of sgd, lars and muon"""
     nesterov: bool = False
     """sgd, lars and muon look one step of their momentum ahead"""
     learning_rate: float | None = None
-    """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.03 for muon (the share by
-    which a layer turns in a step), 0.001 for adam and adamw"""
+    """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.03 for muon (nearly the share
+    by which a layer turns in a step), 0.001 for adam and adamw"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """how the learning rate follows the batch: N / 256 as in the paper, its square root (Appendix
     B.1), or not at all"""
@@ -342,6 +335,9 @@ class Optimisation(fn.SeveralDevices):
         micro, batch = self.micro_batch_size, self.batch_size
         fits = micro is None or 2 <= micro <= batch
         check(fits, f"--micro_batch_size must be from 2 to --batch_size {batch}, got {micro}")
+        turn = actual_learning_rate(self)
+        problem = f"--learning_rate: with muon, a layer would turn by {turn:g} of its length a step"
+        check(self.optimizer != "muon" or turn < 1, f"{problem}: give less, or --scaling none")
 
     @property
     def effective_batch_size(self) -> int:
@@ -369,7 +365,7 @@ def actual_learning_rate(config: Optimisation) -> float:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: Config) -> Any:
-    """What --optimizer names. Weights decay; biases and normalisation do not."""
+    """What --optimizer names. Weights decay (not Muon's); biases and normalisation do not."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -422,12 +418,7 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.R
         super().validate()
         fits = self.norm == "batch" or not self.recalibrate
         check(fits, "--recalibrate is about BatchNorm's statistics: leave it out with --norm group")
-        two = self.loss == "nt_xent" or self.views == 2
-        check(two, f"--loss {self.loss} compares two views: leave --views out")
-        has = self.loss == "nt_xent" or self.head_layers > 0
-        check(has, f"--loss {self.loss} needs a head that learns: leave --head_layers 0 out")
-        wide = self.loss == "nt_xent" or self.embedding_dim > 1
-        check(wide, f"--loss {self.loss} needs --embedding_dim of 2 at least")
+        check_loss(self)
         alone = self.processes == 1 or "pretrain" in self.stages_list
         check(alone, "--devices is for pretraining: leave it out, or add pretrain to --stages")
 

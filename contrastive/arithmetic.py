@@ -40,7 +40,8 @@ def arithmetic(module: Any) -> dict[str, Any]:
 
     macs_per_image: `macs_of` one view, averaged over the steps of the crop schedule. macs: those of
     all views, forward and backward, which is two passes: the gradients with respect to inputs and
-    to weights. Gradient caching has a second forward pass. Muon's products count, too.
+    to weights. Gradient caching has a second forward pass. The products of Muon count, too: every
+    process computes them.
     """
     config, own = module.config, module.batches.tensors[0].shape[-1]
     steps = config.epochs * len(module.batches)
@@ -50,15 +51,15 @@ def arithmetic(module: Any) -> dict[str, Any]:
     images = steps * config.effective_batch_size
     passes = 3 if config.micro_batch_size is None else 4
     per_view = total / steps
-    of_a_step = 0
+    of_muon = 0
     if config.optimizer == "muon":
         weights = (p.shape for p in module.model.parameters() if p.ndim > 1)
-        of_a_step = sum(orthogonalization_macs(shape) for shape in weights)
+        of_muon = config.processes * steps * sum(map(orthogonalization_macs, weights))
     return {
         "views": config.views,
         "images_seen": images,
         "macs_per_image": round(per_view),
-        "macs": round(passes * per_view * config.views * images) + steps * of_a_step,
+        "macs": round(passes * per_view * config.views * images) + of_muon,
     }
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
-
-from functions import check
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -20,21 +18,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
-
-
 EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"]
-
-
-def check_encoder(name: str, stem: str, zero_init: bool) -> None:
-    """Raises UserError for an encoder that does not exist, or not with these settings."""
-    known = get_args(EncoderName)
-    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
-    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
-    given = {"--stem imagenet": stem == "imagenet", "--zero_init": zero_init}
-    flags = " and ".join(flag for flag, is_given in given.items() if is_given)
-    problem = f"{flags}: that is of ResNets, not of --encoder {name}"
-    check(name != "compact" or not flags, f"{problem}: leave it out, or take a ResNet")
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 
 
 class CompactNet(nn.Module):

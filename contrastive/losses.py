@@ -45,6 +45,22 @@ class Loss(fn.Settings):
         return 0 if self.loss == "nt_xent" else CERTAIN[self.loss].columns
 
 
+def check_loss(config: Any) -> None:
+    """Raises UserError where the other settings are nothing for the loss.
+
+    Muon keeps the length of every weight. NT-Xent does not see it, but the others do: z, or what
+    stands beside it, is not normalised.
+    """
+    if config.loss == "nt_xent":
+        return
+    name = f"--loss {config.loss}"
+    check(config.views == 2, f"{name} compares two views: leave --views out")
+    check(config.head_layers > 0, f"{name} needs a head that learns: leave --head_layers 0 out")
+    check(config.embedding_dim > 1, f"{name} needs --embedding_dim of 2 at least")
+    problem = f"{name} needs weights whose length may change"
+    check(config.optimizer != "muon", f"{problem}: take another --optimizer than muon")
+
+
 # ------------------------------------------------------------------------------------------------
 # More views, and the positive out of the denominator
 # ------------------------------------------------------------------------------------------------

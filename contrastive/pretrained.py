@@ -6,12 +6,13 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 import functions as fn
+from contrastive.encoders import EncoderName
 from functions import UserError, check
 
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
@@ -22,6 +23,17 @@ VIEWS = (
     *("jitter_strength", "jitter", "grayscale", "blur"),
 )
 HEAD = ("head_layers", "hidden_dim", "embedding_dim", "head_norm", "loss")
+
+
+def check_encoder(name: str, stem: str, zero_init: bool) -> None:
+    """Raises UserError for an encoder that does not exist, or not with these settings."""
+    known = get_args(EncoderName)
+    check(name in known, f"--encoder {name} is unknown; choose from {', '.join(known)}")
+    check(stem in ("cifar", "imagenet"), f"--stem {stem} is unknown; choose cifar or imagenet")
+    given = {"--stem imagenet": stem == "imagenet", "--zero_init": zero_init}
+    flags = " and ".join(flag for flag, is_given in given.items() if is_given)
+    problem = f"{flags}: that is of ResNets, not of --encoder {name}"
+    check(name != "compact" or not flags, f"{problem}: leave it out, or take a ResNet")
 
 
 def encoder_file(checkpoint: str, head: bool = False) -> Path:

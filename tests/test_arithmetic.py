@@ -97,6 +97,14 @@ def test_the_products_of_muon_are_counted_in_each_step():
         assert with_it["macs"] == without["macs"] + 12 * each
 
 
+def test_every_process_computes_the_products_of_muon():
+    model = module().model
+    each = sum(orthogonalization_macs(p.shape) for p in model.parameters() if p.ndim > 1)
+    without, with_it = (arithmetic(module(devices=2, optimizer=name)) for name in ("sgd", "muon"))
+    steps = with_it["images_seen"] // 20
+    assert with_it["macs"] - without["macs"] == 2 * steps * each > 0
+
+
 def test_images_that_do_not_fill_a_batch_are_not_seen():
     assert arithmetic(module(epochs=2))["images_seen"] == 80
     config = make_config(batch_size=30, epochs=2)

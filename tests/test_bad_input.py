@@ -178,6 +178,8 @@ BAD = [
         "--nesterov",
         "take sgd, lars or muon",
     ),
+    (SIMCLR, [*DIGITS, "--optimizer", "muon", "--batch_size", "9000"], "--learning_rate", "none"),
+    (SIMCLR, [*DIGITS, "--optimizer", "muon", "--loss", "kappa"], "--loss kappa", "than muon"),
     (SIMCLR, [*DIGITS, "--momentum", "1"], "--momentum", "below 1"),
     (SIMCLR, [*DIGITS, "--scaling", "cubic"], "--scaling", "sqrt"),
     (SIMCLR, [*DIGITS, "--views", "1"], "--views", "at least 2"),

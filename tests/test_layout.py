@@ -53,7 +53,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/arithmetic.py": {"memory", "muon"},
     "contrastive/plan.py": {"arithmetic", "memory"},
     "contrastive/whitening.py": set(),
-    "contrastive/pretrained.py": set(),
+    "contrastive/pretrained.py": {"encoders"},
     "contrastive/probe.py": set(),
     "contrastive/few_labels.py": {"probe"},
     "contrastive/finetuning.py": {"probe"},

@@ -124,8 +124,11 @@ QUESTIONS = [
             "SGD, half the rate": "--learning_rate 0.12",
             "SGD, twice the rate": "--learning_rate 0.5",
             "Adam": "--optimizer adam --nesterov False --learning_rate 0.001",
+            "Adam, twice the rate": "--optimizer adam --nesterov False --learning_rate 0.002",
             "LARS": "--optimizer lars --learning_rate 1",
+            "LARS, twice the rate": "--optimizer lars --learning_rate 2",
             "Muon": "--optimizer muon --learning_rate 0.03",
+            "Muon, half the rate": "--optimizer muon --learning_rate 0.015",
         },
     ),
     Question(
