@@ -189,17 +189,25 @@ def build_encoder(
     parameters are the same. zero_init: residual blocks begin as the identity (Goyal et al. 2017,
     arXiv 1706.02677, Section 5.1). Raises UserError for an unknown name.
     """
-    from torchvision import models
-
     check_encoder(name, stem, zero_init)
     check(norm in NORMS, f"--norm {norm} is unknown; choose batch or group")
     kinds = ", ".join(ACTIVATIONS)
     check(activation in ACTIVATIONS, f"--activation {activation} is unknown; choose from {kinds}")
 
     if name == "compact":
-        compact = CompactNet(NORMS[norm], ACTIVATIONS[activation])
-        use_small_maps(compact)
-        return compact.to(memory_format=layout("cpu")), CompactNet.width
+        encoder: nn.Module = CompactNet(NORMS[norm], ACTIVATIONS[activation])
+        feature_dim = CompactNet.width
+    else:
+        encoder, feature_dim = build_resnet(name, stem, norm, activation, zero_init)
+    use_small_maps(encoder)
+    return encoder.to(memory_format=layout("cpu")), feature_dim
+
+
+def build_resnet(
+    name: str, stem: str, norm: str, activation: str, zero_init: bool
+) -> tuple[nn.Module, int]:
+    """(torchvision's ResNet without its classifier, feature_dim), for `build_encoder`."""
+    from torchvision import models
 
     encoder: Any = models.get_model(
         name, weights=None, norm_layer=NORMS[norm], zero_init_residual=zero_init
@@ -215,8 +223,7 @@ def build_encoder(
     if activation != "relu":
         for block in [m for m in encoder.modules() if hasattr(m, "relu")]:
             block.relu = ACTIVATIONS[activation]()
-    use_small_maps(encoder)
-    return encoder.to(memory_format=layout("cpu")), feature_dim
+    return encoder, feature_dim
 
 
 def layout(device: str) -> torch.memory_format:
