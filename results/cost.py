@@ -22,10 +22,10 @@ import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
-KINDS = {  # (encoder, optimizer): what it is called, and its colour
-    ("resnet18", "sgd"): ("ResNet-18", "C1"),
-    ("compact", "sgd"): ("compact encoder", "C0"),
-    ("compact", "muon"): ("compact encoder, Muon", "C2"),
+KINDS = {  # (encoder, optimizer): what it is called, its colour, how high its last words are
+    ("resnet18", "sgd"): ("ResNet-18", "C1", 8),
+    ("compact", "sgd"): ("compact encoder", "C0", -16),
+    ("compact", "muon"): ("compact encoder, Muon", "C2", 8),
 }
 
 
@@ -55,12 +55,12 @@ def draw(file: Path) -> None:
         name = f"{method}, published: ResNet-18"
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
     for kind, points in ours().items():
-        name, color = KINDS[kind]
+        name, color, height = KINDS[kind]
         cost, reached = [point[0] for point in points], [point[1] for point in points]
         axis.plot(cost, reached, "o-", color=color, label=f"SimCLR, here: {name}")
         for x, y, n in points:
             words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
-            above = 8 if (x, y, n) == points[-1] else -16  # the others' words are below the line
+            above = height if (x, y, n) == points[-1] else -16  # the others' are below the line
             style = {"textcoords": "offset points", "ha": "center", "color": color}
             axis.annotate(words, (x, y), (0, above), **style)
     axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
