@@ -9,7 +9,34 @@ import torch
 from torch import Tensor
 
 
-class LARS(torch.optim.Optimizer):
+class EachParameter(torch.optim.Optimizer):
+    """An optimizer that moves one parameter after the other, each with a momentum of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self.move(w, w.grad, group)
+        return loss
+
+    def move(self, w: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        """One step of one parameter w with gradient g, in place."""
+        raise NotImplementedError
+
+    def velocity(self, w: Tensor) -> Tensor:
+        """What momentum has gathered for a parameter: zeros before its first step."""
+        state = self.state[w]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(w)
+        return state["momentum_buffer"]
+
+
+class LARS(EachParameter):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv 1708.03888).
 
     For a layer's weight w with gradient g, rate gamma, momentum m and weight decay beta:
@@ -34,20 +61,7 @@ class LARS(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "trust": trust, "nesterov": nesterov})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self.move(w, w.grad, group)
-        return loss
-
     def move(self, w: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        """One step of one parameter."""
         beta, momentum = group["weight_decay"], group["momentum"]
         update = g.add(w, alpha=beta)
         if w.ndim > 1:
@@ -57,7 +71,6 @@ class LARS(torch.optim.Optimizer):
             update *= torch.where((length > 0) & (slope > 0), ratio, 1.0)
         update *= group["lr"]
 
-        state = self.state[w]
-        v = state.setdefault("momentum_buffer", torch.zeros_like(w))
+        v = self.velocity(w)
         v.mul_(momentum).add_(update)
         w.sub_(update.add(v, alpha=momentum) if group["nesterov"] else v)

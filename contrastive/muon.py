@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from contrastive.lars import EachParameter
 
 ITERATIONS = 3  # Jordan has five for language models, three in his races on CIFAR-10
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -37,7 +39,7 @@ def orthogonalization_macs(shape: torch.Size) -> int:
     return ITERATIONS * (2 * m * m * n + m**3)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EachParameter):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), weights keeping their length.
 
     For a layer's weight W, a row for each output, with gradient G, rate gamma and momentum m:
@@ -68,22 +70,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
         self.dtype = dtype
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self.move(w, w.grad, group)
-        return loss
-
     def move(self, w: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        """One step of one parameter."""
         momentum = group["momentum"]
-        v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+        v = self.velocity(w)
         v.mul_(momentum).add_(g)
         update = g.add(v, alpha=momentum) if group["nesterov"] else v
         if w.ndim <= 1:

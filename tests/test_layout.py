@@ -49,7 +49,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/losses.py": set(),
     "contrastive/lars.py": set(),
     "contrastive/memory.py": set(),
-    "contrastive/muon.py": set(),
+    "contrastive/muon.py": {"lars"},
     "contrastive/arithmetic.py": {"memory", "muon"},
     "contrastive/plan.py": {"arithmetic", "memory"},
     "contrastive/whitening.py": set(),
