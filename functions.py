@@ -68,8 +68,8 @@ from machinery.devices import (  # noqa: F401
     take_gpu,
 )
 from machinery.durations import format_time  # noqa: F401
-from machinery.errors import Diverged, TimeIsUp, UserError, check, is_out_of_memory  # noqa: F401
-from machinery.files import locked, save_torch, write_atomically, write_csv  # noqa: F401
+from machinery.errors import Diverged, UserError, check, is_out_of_memory  # noqa: F401
+from machinery.files import save_torch, write_atomically, write_csv  # noqa: F401
 from machinery.output import lasting_output, shown, width  # noqa: F401
 from machinery.run_folder import Run  # noqa: F401
 from machinery.training import (  # noqa: F401
@@ -288,9 +288,10 @@ def extract_features(
     """What `model` makes of un-augmented images, in eval mode.
 
     uint8 (N, C, H, W) -> float32 (N, D) on the CPU. For an encoder these are the representations
-    h = f(x): computed once, read by every evaluation. The model's mode and device are put back.
+    h = f(x): computed once, read by every evaluation. The model is left on the CPU, each of its
+    parts in the mode that it was in.
     """
-    was_training = model.training
+    modes = [(part, part.training) for part in model.modules()]
     prepare_device(machine)
     model.eval().to(machine.device)
 
@@ -299,7 +300,9 @@ def extract_features(
     with machine.autocast():
         features = [model(batch.to(machine.device)).float().cpu() for (batch,) in bar]
 
-    model.train(was_training).cpu()
+    for part, mode in modes:
+        part.training = mode
+    model.cpu()
     return torch.cat(features)
 
 

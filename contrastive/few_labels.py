@@ -90,7 +90,7 @@ class Amount:
     @property
     def file_name(self) -> str:
         """The same, as part of a file's name."""
-        return f"{self.per_class}-per-class" if self.per_class else f"{self.fraction:g}-of-all"
+        return f"{self.per_class}-per-class" if self.per_class else f"{self.fraction}-of-all"
 
     def choose(self, labels: Tensor, seed: int) -> Tensor:
         """Which of the images have a label: labels int64 (N,) -> indices int64 (M,), sorted.

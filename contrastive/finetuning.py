@@ -162,7 +162,9 @@ class Standardize(nn.Module):
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", features.mean(0))
-        self.register_buffer("std", features.std(0).clamp_min(0.1 * float(features.std(0).mean())))
+        std = features.std(0)
+        least = 0.1 * float(std.mean()) or 1.0  # all alike they become 0
+        self.register_buffer("std", std.clamp_min(least))
 
     def forward(self, h: Tensor) -> Tensor:
         return (h - self.mean) / self.std

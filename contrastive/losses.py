@@ -199,9 +199,9 @@ def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
 
     where all classes are as frequent: the score that InfoNCE looks for (van den Oord et al. 2018,
     arXiv 1807.03748, Eq. 2). So the logits are log(N <p_i, q_j>) / tau, with a factor that no
-    softmax sees, and the loss is their cross-entropy in both directions; negatives are the other
-    image's other views alone. A distribution over few classes is sure, one over all matches
-    whatever there is, and certainty is 1 - H(p) / log K.
+    softmax sees, and the loss is their cross-entropy in both directions. The negatives of a first
+    view are the second views of the other images, and the other way round. A distribution over few
+    classes is sure, one over all matches whatever there is, and certainty is 1 - H(p) / log K.
     """
     p, q = latent_classes(outputs).chunk(2)
     logits = (len(p) * (p @ q.T).clamp_min(FLOOR)).log() / temperature

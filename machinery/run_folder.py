@@ -27,6 +27,7 @@ from machinery.files import check_output_dir, locked, write_atomically
 
 EARLIER = "previous-results.json"
 UNFINISHED = ".unfinished"  # there from the start of a run until its last figure is drawn
+SESSIONS = "sessions.txt"  # when the run began and when it was resumed, with the code's commit
 
 
 class Run:
@@ -137,10 +138,19 @@ class Run:
         # An earlier end's results are not this one's, but they are kept until there are new ones.
         if (self.folder / "results.json").is_file():
             files.replace(self.folder / "results.json", self.folder / EARLIER)
+        code = f"{self.git_commit or 'no commit'}{', changed' if self.git_status else ''}"
+        now = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {code}"
+        sessions = [*self.sessions(), now]
+        write_atomically(self.folder / SESSIONS, "".join(f"{one}\n" for one in sessions).encode())
         save_config(self.folder / "config.yaml", self.config)
         if self.data is not None:
             text = json.dumps(self.data, indent=2)
             write_atomically(self.folder / "data.json", f"{text}\n".encode())
+
+    def sessions(self) -> list[str]:
+        """The lines of SESSIONS: none of a run that has not begun, or is of an earlier version."""
+        file = self.folder / SESSIONS
+        return file.read_text("utf-8").splitlines() if file.is_file() else []
 
     def how_to_go_on(self) -> str:
         """The command that resumes this run, for people."""
@@ -150,7 +160,7 @@ class Run:
         return f"continue with: python {self.config.script} --resume {folder}"
 
     def record(self) -> dict[str, Any]:
-        """What ran, where, with which versions, and for how many seconds so far."""
+        """What ran, where, with which versions, and for how many seconds in this session."""
         machine = self.config.machine
         on_cuda = machine.device == "cuda"
         return {
@@ -176,7 +186,8 @@ class Run:
     def save(self, **outcome: Any) -> None:
         """Write results.json: the record, and the outcome (accuracies as fractions of 1)."""
         file = self.folder / "results.json"
-        text = json.dumps({**self.record(), **outcome}, indent=2)
+        sessions = {} if self.config.resume is None else {"sessions": self.sessions()}
+        text = json.dumps({**self.record(), **sessions, **outcome}, indent=2)
         write_atomically(file, f"{text}\n".encode())
         (self.folder / EARLIER).unlink(missing_ok=True)
         print(f"results in {file}")

@@ -37,4 +37,6 @@ def main(folder: Path, package: Path = PACKAGE) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]))

@@ -20,8 +20,9 @@ from contrastive.few_labels import FewLabelsSettings, mean_and_deviation  # noqa
 from contrastive.finetuning import FineTuningSettings  # noqa: E402
 from contrastive.probe import ProbeSettings  # noqa: E402
 
-WHERE = {"dataset", "data_dir", "validation_fraction", "output_dir", "resume", "seed", "max_time"}
-WHERE |= {"stages", "checkpoint", "knn_every"}
+# What does not change what is learned, and what a page tells by itself.
+ASIDE = {*simCLR.Config.of_the_session, *simCLR.Config.free_on_resume, "accelerator", "stages"}
+ASIDE |= {"checkpoint", "knn_every", "seed", "validation_fraction"}
 OF_TRAINING = ("pretrain", "processor", "threads", "precision")
 OF_EVALUATION = {
     name
@@ -36,15 +37,15 @@ OF_EVALUATION = {
 }
 
 
-def begin(config: str) -> simCLR.Config:
-    """The configuration that a page's runs begin from; its path is from the project's root."""
+def baseline(config: str) -> simCLR.Config:
+    """The configuration that a page's runs differ from; its path is from the project's root."""
     return fn.load_config(simCLR.Config, ROOT / config)
 
 
 def entry(run: Path, base: simCLR.Config, also: tuple[str, ...] = ()) -> dict[str, Any]:
     """What is kept of a finished run, or of a run whose encoder was measured once more.
 
-    Of the latter it keeps what pretraining and measuring at once would have had for flags. also:
+    Of the latter it keeps the flags with which one run would have pretrained and measured so. also:
     further parts of results.json.
     """
     results = json.loads((run / "results.json").read_text())
@@ -54,11 +55,12 @@ def entry(run: Path, base: simCLR.Config, also: tuple[str, ...] = ()) -> dict[st
         earlier = Path(config.checkpoint)
         trained = json.loads((earlier / "results.json").read_text())
         results |= {name: trained[name] for name in OF_TRAINING}
+        learned = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base)
         flags = {name: value for name, value in flags.items() if name in OF_EVALUATION}
-        flags = changed(fn.load_config(simCLR.Config, earlier / "config.yaml"), base) | flags
+        flags |= {name: value for name, value in learned.items() if name not in OF_EVALUATION}
     return {
         "script": results["script"],
-        "flags": in_words(flags),
+        "flags": as_flags(flags, base),
         "seed": config.seed,
         "macs": results["pretrain"]["macs"],
         "linear": results["probe"]["test_accuracy"],
@@ -73,7 +75,7 @@ def entry(run: Path, base: simCLR.Config, also: tuple[str, ...] = ()) -> dict[st
 
 
 def changed(config: simCLR.Config, base: simCLR.Config) -> dict[str, Any]:
-    """The flags in which a run differs from the configuration that it began from.
+    """The flags in which a run differs from the baseline.
 
     Of those of fine-tuning it has none where it has fine-tuned nothing.
     """
@@ -81,24 +83,40 @@ def changed(config: simCLR.Config, base: simCLR.Config) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(config).items()
-        if value != getattr(base, name) and name not in WHERE | idle
+        if value != getattr(base, name) and name not in ASIDE | idle
     }
 
 
-def in_words(flags: dict[str, Any]) -> str:
-    """Flags as a command has them."""
-    return " ".join(f"--{name} {value}" for name, value in flags.items())
+def as_flags(flags: dict[str, Any], base: simCLR.Config) -> str:
+    """Flags as a command has them, in the order of the settings."""
+    return " ".join(f"--{name} {flags[name]}" for name in vars(base) if name in flags)
 
 
 def add(
-    runs: list[str], base: simCLR.Config, kept: Path, also: tuple[str, ...] = ()
+    runs: list[str],
+    base: simCLR.Config,
+    kept: Path,
+    also: tuple[str, ...] = (),
+    held_out: bool = True,
 ) -> list[dict[str, Any]]:
-    """All entries of a page's JSON file, with these runs; one measured anew takes its old place."""
+    """The entries of a page's JSON file, and those of these runs; one measured anew takes its old
+    place. held_out: whether the page is about held-out training images, or the test images. Ends
+    with a line of text for a run that was measured on the others.
+    """
+    for run in runs:
+        config = fn.load_config(simCLR.Config, Path(run) / "config.yaml")
+        if bool(config.validation_fraction) != held_out:
+            remedy = "with" if held_out else "without"
+            sys.exit(f"{run}: measure it {remedy} --validation_fraction for this page")
     known = json.loads(kept.read_text()) if kept.is_file() else []
     added = [entry(Path(run), base, also) for run in runs]
-    entries = list({key(one): one for one in known + added}.values())
+    return list({key(one): one for one in known + added}.values())
+
+
+def write(page: str, entries: list[dict[str, Any]], file: Path, kept: Path) -> None:
+    """Leave a page, and beside it its entries."""
+    file.write_text(page)
     kept.write_text(json.dumps(entries, indent=1) + "\n")
-    return entries
 
 
 def key(one: dict[str, Any]) -> tuple[Any, ...]:
@@ -125,9 +143,15 @@ def made(entries: list[dict[str, Any]]) -> list[str]:
     return [
         f"{entries[0]['macs'] / T:.3f}",
         f"{statistics.mean(one['seconds'] for one in entries) / 60:.0f}",
-        ", ".join(sorted({f"{one['processor']}, {one['threads']} thread" for one in entries})),
+        ", ".join(sorted({on(one) for one in entries})),
         ", ".join(sorted({one["commit"] for one in entries})),
     ]
+
+
+def on(one: dict[str, Any]) -> str:
+    """Where a run was made."""
+    threads = one["threads"]
+    return f"{one['processor']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def draw_seeds(axis: Any, values: list[float], place: int, color: str) -> None:

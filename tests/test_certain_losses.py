@@ -345,7 +345,7 @@ def test_it_trains_is_measured_and_resumes_to_the_bit(loss, image_folder, run_he
     flags += ["--stages", "knn", "--no-baselines", "--probe_layer", 2, "--output_dir", "z"]
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads((tmp_path / "z/results.json").read_text())["knn"]["accuracy"] > 0.3
+    assert json.loads((tmp_path / "z/results.json").read_text())["knn"]["accuracy"] > 0.6
 
 
 @pytest.mark.parametrize("loss", EXACT)

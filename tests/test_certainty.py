@@ -21,6 +21,7 @@ from contrastive.certainty import (
     kth_similarity,
     learn_afterwards,
     measure_certainty,
+    ways,
 )
 from contrastive.probe import Features
 from contrastive.scores import (
@@ -204,8 +205,56 @@ class Mean(nn.Module):
         return x.mean((2, 3))
 
 
+class Contrast(nn.Module):
+    """h: how much neighbouring pixels differ, uint8 or float32 (B, 3, H, W) -> (B, 3)."""
+
+    def forward(self, images):
+        x = images / 255 if images.dtype == torch.uint8 else images
+        return x.diff(dim=3).abs().mean((2, 3))
+
+
+def test_every_way_is_the_larger_the_surer():
+    """Of an image whose h is long, near the others and far from the probe's border."""
+    sure, unsure = torch.tensor([3.0, 0.0]), torch.tensor([0.2, 0.19])
+    bank = torch.tensor([[1.0, 0.0]]).repeat(20, 1)
+    labels = torch.zeros(20, dtype=torch.int64)
+    classifier, after = nn.Linear(2, 2), nn.Linear(2, 1)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.eye(2))
+        classifier.bias.zero_()
+        after.weight.copy_(torch.tensor([[-1.0, 0.0]]))  # expects a small loss of the sure one
+    found = ways(Features(bank, labels, bank, labels, ("a", "b")), classifier, after, "nt_xent")
+    assert len(found) == 5
+    for name, way in found.items():
+        value = way(Seen(torch.stack([sure, unsure])))
+        assert value[0] > value[1], name
+
+
+def test_a_way_is_praised_for_falling_where_it_is_harder_to_see():
+    """The contrast of an image falls when it is blurred, or enlarged from a crop; with noise it
+    rises. People agree here on what has contrast."""
+    labels = torch.arange(100) % 2
+    images = torch.randint(0, 256, (100, 3, 16, 16)) // torch.arange(1, 101).view(-1, 1, 1, 1)
+    images = images.to(torch.uint8)
+    h = Contrast()(images)
+    features = Features(h, labels, h, labels, ("a", "b"))
+    certain = torch.linspace(1, 0.5, 100)
+    people = torch.stack([certain, 1 - certain], dim=1)
+    asked = Asked(
+        nn.Identity(), None, Contrast(), lambda x: x / 255, "nt_xent", {}, people,
+        make_config(accelerator="cpu", precision="fp32").machine,
+    )  # fmt: skip
+    classifier = nn.Linear(3, 2)
+    found = measure_certainty(asked, images, features, classifier, make_config(probe="lbfgs"))
+    worth = found.worth["norm of h"]
+    assert worth.blur > 0.1
+    assert worth.crops > 0.1
+    assert worth.noise < -0.1
+    assert worth.people > 0.9
+
+
 def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
-    """And one that knows nothing is worth nothing: by all measures."""
+    """And one that knows nothing is worth nothing: for the probe, people, and another set."""
     labels = torch.arange(300) % 3
     images = torch.randint(0, 120, (300, 3, 8, 8))
     images[torch.arange(300), labels] += torch.randint(0, 130, (300, 1, 1))

@@ -57,6 +57,12 @@ def tuned(encoder, images, folder, **values):
     return found, torch.load(keep, weights_only=True)
 
 
+def test_features_that_are_all_alike_become_0():
+    """Those of a collapsed encoder: fine-tuning then begins with a classifier of its bias alone."""
+    h = torch.full((5, 3), 0.7)
+    assert finetuning.Standardize(h)(h).tolist() == torch.zeros(5, 3).tolist()
+
+
 def test_it_learns_and_leaves_the_pretrained_encoder_alone(encoder, tmp_path):
     before = cloned_state(encoder)
     images = colours(test=50)

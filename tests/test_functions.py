@@ -410,9 +410,11 @@ def small_model(images: torch.Tensor) -> nn.Module:
 def test_extracting_features_leaves_the_model_as_it_was(training):
     images = skewed_images()
     model = small_model(images).train(training)
+    model[2].train(not training)  # one part in a mode of its own
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fn.extract_features(model, images, CPU.machine)
-    assert all(module.training is training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -462,6 +462,22 @@ def test_results_json_has_the_common_keys_and_the_outcome():
 
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     assert results["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+
+
+def test_a_resumed_run_says_when_it_went_on_and_with_which_code(monkeypatch):
+    config = Config("digits", accelerator="cpu", output_dir="out")
+    says = {"rev-parse": "c0ffee", "status": ""}
+    monkeypatch.setattr(run_folder, "git", lambda word, *_: says[word])
+    with pytest.raises(KeyboardInterrupt), fn.Run(config).open():
+        raise KeyboardInterrupt
+    says |= {"rev-parse": "decade", "status": " M simCLR.py"}
+    run = fn.Run(replace(config, output_dir=None, resume="out"))
+    with run.open():
+        run.save()
+    first, second = json.loads(Path("out/results.json").read_text())["sessions"]
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(f"{time} c0ffee", first)
+    assert re.fullmatch(f"{time} decade, changed", second)
 
 
 def test_results_without_git_still_appear(monkeypatch):

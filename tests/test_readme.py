@@ -1,20 +1,13 @@
 """The scripts accept every command that a page shows, and every number on it was measured."""
 
 import csv
-import gzip
-import importlib.util
 import json
-import math
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 import yaml
 
 import functions as fn
@@ -22,7 +15,6 @@ import rnn
 import rnn_hyperparameter_tune as tune
 import simCLR
 from contrastive.few_labels import mean_and_deviation
-from contrastive.losses import contrastive_loss
 from machinery import command_line
 
 ROOT = Path(__file__).parent.parent
@@ -257,150 +249,6 @@ def test_the_table_of_the_study_is_that_of_the_results():
     assert f"{epochs:,.0f} epochs" in RESULTS
 
 
-def module_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_diary_is_what_was_measured():
-    """Each of its lines is a run that the configuration it begins from and its flags make again."""
-    diary = module_of(ROOT / "results/simclr/diary.py")
-    kept = diary.kept()
-    assert (ROOT / "results/simclr/diary.md").read_text() == diary.page(kept)
-    for rung, (config, _, _) in diary.RUNGS.items():
-        assert kept[rung]
-        for entry in kept[rung]:
-            fn.parse_config(
-                simCLR.Config, ["--config", str(ROOT / config), *entry["flags"].split()]
-            )
-            assert 0.01 < entry["macs"] / diary.T < 1
-
-
-def test_the_ablations_are_what_was_measured():
-    """Every arm is a command that is accepted, with the base itself in each question."""
-    ablations = module_of(ROOT / "results/ablations/ablations.py")
-    entries = json.loads((ROOT / "results/ablations/ablations.json").read_text())
-    assert (ROOT / "results/ablations/README.md").read_text() == ablations.page(entries)
-    for question in ablations.QUESTIONS:
-        assert "" in question.arms.values()
-        asked = [ablations.wanted(flags) for flags in question.arms.values()]
-        assert len(set(asked)) == len(asked)
-        if ablations.measured_arms(question, entries):
-            assert question.found, f"what was found on {question.name}?"
-            for flags in question.arms.values():
-                seeds = [one["seed"] for one in ablations.runs_of(flags, entries)]
-                assert seeds == list(range(len(seeds)))
-
-
-def certain_entry(loss, seed):
-    """A run of results/certainty, as its page keeps it."""
-    ways = ["norm of h", "probe's softmax"] + ([] if loss == "nt_xent" else [loss])
-    measures = ("r_auroc", "aurc", "crops", "blur", "noise", "people")
-    worth = dict.fromkeys(measures, 0.5 + 0.1 * seed) | {"others": {"data/b": 0.75}}
-    entry = {"flags": "" if loss == "nt_xent" else f"--loss {loss}", "seed": seed}
-    entry |= {"linear": 0.6, "knn": 0.5, "macs": 2e14, "seconds": 60}
-    entry |= {"processor": "x", "threads": 1, "commit": "abc"}
-    return entry | {"certainty": {"ways": {way: dict(worth) for way in ways}}}
-
-
-def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
-    certainty = module_of(ROOT / "results/certainty/certainty.py")
-    entries = [certain_entry(loss, seed) for loss in ("nt_xent", "tau") for seed in (1, 0)]
-    entries[2]["certainty"]["ways"]["probe's softmax"]["r_auroc"] = 0.9
-    entries[0]["certainty"]["ways"]["norm of h"]["people"] = None
-    page = certainty.page(entries)
-    assert "| `tau` | 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** | 0, 1 |" in page
-    assert "| **tau** | 0.550 ± 0.071 |" in page
-    assert "| probe's softmax | 0.550 ± 0.071 |" in page
-    assert "| tau: probe's softmax | 0.700 ± 0.283 |" in page
-    assert "| against b |" in page
-    row = next(line for line in page.splitlines() if line.startswith("| norm of h"))
-    assert row.endswith("| 0.500 | 0.750 ± 0.000 |")  # one seed was asked about people
-    certainty.draw(entries, tmp_path / "certainty.png")
-    assert (tmp_path / "certainty.png").stat().st_size > 10_000
-
-
-def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
-    certainty = module_of(ROOT / "results/certainty/certainty.py")
-    other = certain_entry("tau", 0) | {"flags": "--epochs 1 --loss tau"}
-    with pytest.raises(SystemExit, match="--epochs 1"):
-        certainty.page([certain_entry("nt_xent", 0), other])
-
-
-def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
-    """In half the bytes, and shown its images as before."""
-    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
-    done = run("simCLR.py", *flags, "--stages", "pretrain", "--output_dir", "run", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    module_of(ROOT / "results/take_home.py").main(tmp_path / "run", tmp_path / "home")
-    whole, half = (tmp_path / name / "encoder.pt" for name in ("run", "home"))
-    assert half.stat().st_size < 0.51 * whole.stat().st_size
-    ours, theirs = (torch.load(file, weights_only=True) for file in (half, whole))
-    for name, value in ours.items():
-        assert torch.allclose(value.to(theirs[name].dtype), theirs[name], rtol=1e-3, atol=1e-6)
-
-    measure = ["--dataset", "digits", "--stages", "knn", "--no-baselines", "--checkpoint"]
-    done = run("simCLR.py", *measure, "home", "--output_dir", "out", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "no record" not in done.stdout
-    home = json.loads((tmp_path / "out/results.json").read_text())
-    trained = json.loads((tmp_path / "run/results.json").read_text())["pretrain"]
-    assert home["shown"]["normalize"] == trained["normalize"]
-
-
-def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
-    """Files as Debian's package has them: a header, then bytes."""
-    package = tmp_path / "package"
-    package.mkdir()
-    rng = np.random.default_rng(0)
-    pixels = {name: rng.integers(0, 256, (4, 28, 28), dtype=np.uint8) for name in ("train", "t10k")}
-    for name, images in pixels.items():
-        images_file = package / f"{name}-images-idx3-ubyte.gz"
-        images_file.write_bytes(gzip.compress(bytes(16) + images.tobytes()))
-        labels_file = package / f"{name}-labels-idx1-ubyte.gz"
-        labels_file.write_bytes(gzip.compress(bytes(8) + bytes([9, 0, 9, 3])))
-    module_of(ROOT / "results/fashion_mnist.py").main(tmp_path / "there", package)
-    data = fn.load_dataset(str(tmp_path / "there"), tmp_path, 28)
-    assert data.classes == ("ankle-boot", "dress", "t-shirt")
-    assert data.names("test") == [
-        *("test/ankle-boot/00000.png", "test/ankle-boot/00002.png"),
-        *("test/dress/00003.png", "test/t-shirt/00001.png"),
-    ]
-    assert np.array_equal(data.test_images[1, 2].numpy(), pixels["t10k"][2])
-
-
-def test_the_positive_is_counted_twice():
-    """-log( e^p / (2 e^p + sum over negatives) ), term by term; and simCLR.py is not changed."""
-    twice = module_of(ROOT / "results/ablations/counted_twice.py").counted_twice
-    z = F.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    sims = (z @ z.T / 0.3).tolist()
-    terms = []
-    for i in range(8):
-        positive = math.exp(sims[i][(i + 4) % 8])
-        every = sum(math.exp(sims[i][j]) for j in range(8) if j != i)
-        terms.append(-math.log(positive / (positive + every)))
-    assert float(twice(z, 2, 0.3)) == pytest.approx(sum(terms) / 8, rel=1e-5)
-    assert simCLR.contrastive_loss is contrastive_loss
-
-
-def test_a_run_with_the_common_error_names_its_script(run, tmp_path):
-    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
-    flags += ["--precision", "fp32", "--stages", "pretrain,knn", "--no-baselines", "--output_dir"]
-    done = run("results/ablations/counted_twice.py", *flags, "twice", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    done = run("simCLR.py", *flags, "once", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    results = [
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("twice", "once")
-    ]
-    assert [each["script"] for each in results] == ["counted_twice.py", "simCLR.py"]
-    twice, once = (each["pretrain"]["final_loss"] for each in results)
-    assert twice > once
-
-
 def test_a_quarter_of_the_arithmetic_is_what_was_measured():
     found = results_of("cifar10-10-epochs")
     cost = found["pretrain"]["macs"] / 3.33e15
@@ -412,10 +260,3 @@ def test_a_quarter_of_the_arithmetic_is_what_was_measured():
         if folder.startswith("cifar10-"):
             cost = results_of(folder)["pretrain"]["macs"] / 3.33e15
             assert f"| {cost:.3f} |" in row or f"**{cost:.2f} T**" in row
-
-
-def test_every_recipe_is_a_point_of_the_cost_figure():
-    cost = module_of(ROOT / "results/cost.py")
-    points = [point for kind in cost.ours().values() for point in kind]
-    assert sum(seeds for _, _, seeds in points) == len(list(ROOT.glob("results/cifar10-*/")))
-    assert all(0.05 < t < 1 and 70 < linear < 100 for t, linear, _ in points)

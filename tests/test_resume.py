@@ -37,7 +37,7 @@ SHORT = {
     ],
     "rnn_hyperparameter_tune.py": ["--epochs", 2, "--image_size", 8, "--n_trials", 13],
 }
-OF_TIME = ("second", "git", "best_config")  # may differ between two runs of one configuration
+OF_TIME = ("second", "session", "git", "best_config")  # of two runs of one configuration
 
 
 def timeless(value):

@@ -2,7 +2,7 @@
 
     python results/certainty/certainty.py runs/A runs/B   # adds these runs, draws and writes anew
 
-All runs begin from configs/cifar10_certainty.yaml; they differ in --loss and --seed.
+The baseline is configs/cifar10_certainty.yaml; runs differ in --loss and --seed.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    base = measured.begin(CONFIG)
-    entries = measured.add(sys.argv[1:], base, HERE / "certainty.json", also=("certainty",))
-    (HERE / "README.md").write_text(page(entries))
+    base, kept = measured.baseline(CONFIG), HERE / "certainty.json"
+    entries = measured.add(sys.argv[1:], base, kept, also=("certainty",), held_out=False)
+    measured.write(page(entries), entries, HERE / "README.md", kept)
     draw(entries, HERE / "certainty.png")

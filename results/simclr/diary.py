@@ -2,9 +2,10 @@
 
     python results/simclr/diary.py search runs/A runs/B   # adds their lines, writes diary.md
     python results/simclr/diary.py quarter runs/C         # the same on the second rung
+    python results/simclr/diary.py                        # writes diary.md anew
 
-Runs begin from configs/cifar10_search.yaml, those of the second rung from
-configs/cifar10_quarter.yaml, and all are measured on held-out training images.
+The baseline is configs/cifar10_search.yaml, on the second rung configs/cifar10_quarter.yaml. All
+runs are measured on held-out training images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from results import measured  # noqa: E402
 
 INTRODUCTION = """# The search for a recipe
 
-Made by `python results/simclr/diary.py`. Each run is
+Made by `python results/simclr/diary.py search RUN ...`. Each run is
 
     python simCLR.py --config configs/cifar10_search.yaml
 
@@ -34,19 +35,19 @@ the README). The minutes are those of pretraining, in bfloat16 on one thread of 
 AMX, beside other work: no measure of speed. The commit is that of the measurement; encoders that
 are older than the probe's choice of a penalty were measured by it once more.
 
-The compact encoder's runs take the same images past fewer multiply-accumulates, on one thread of an
-AMD EPYC without AMX; Muon's own products are part of its T.
+The compact encoder spends fewer multiply-accumulates on the same images; its runs were made on one
+thread of an AMD EPYC without AMX. Muon's own products are part of its T.
 
 """
 
 SECOND_RUNG = """
 ## The second rung
 
-What wins a short race need not win a longer one, so what is to be used for long is measured at
-0.175 T as well. Here an encoder learns from all 50,000 training images, without labels; linear
-(40,000 labels) and k-NN are accuracies on the other 10,000 of them, whose labels nothing has seen.
-So the encoder of the recipe that is chosen is the one that is then tested, once. (The minutes of
-the compact encoder are those of one thread of an AMD EPYC without AMX.)
+What wins a short race need not win a longer one, so the candidates for a long recipe are measured
+at greater length as well. Here an encoder learns from all 50,000 training images, without labels;
+linear (40,000 labels) and k-NN are accuracies on the other 10,000 of them, whose labels nothing has
+seen. Only the chosen recipe's encoder is then tested, once. (The minutes of the compact encoder are
+those of one thread of an AMD EPYC without AMX.)
 
     python simCLR.py --config configs/cifar10_quarter.yaml --stages pretrain --output_dir RUN
     python simCLR.py --config configs/cifar10_quarter.yaml --stages knn,probe --checkpoint RUN \\
@@ -56,7 +57,7 @@ the compact encoder are those of one thread of an AMD EPYC without AMX.)
 TABLE = """| flags | seed | T | linear | k-NN | minutes | threads | commit |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 """
-RUNGS = {  # each with the configuration that its runs begin from, and where its lines are kept
+RUNGS = {  # each with its baseline, and where its lines are kept
     "search": ("configs/cifar10_search.yaml", HERE / "diary.json", INTRODUCTION),
     "quarter": ("configs/cifar10_quarter.yaml", HERE / "diary_quarter.json", SECOND_RUNG),
 }
@@ -91,7 +92,9 @@ def kept() -> dict[str, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    rung, *runs = sys.argv[1:]
+    rung, *runs = sys.argv[1:] or ["search"]
+    if rung not in RUNGS:
+        sys.exit(__doc__)
     config, file, _ = RUNGS[rung]
-    measured.add(runs, measured.begin(config), file)
-    (HERE / "diary.md").write_text(page(kept()))
+    entries = measured.add(runs, measured.baseline(config), file)
+    measured.write(page(kept() | {rung: entries}), entries, HERE / "diary.md", file)
