@@ -51,7 +51,7 @@ from contrastive.features import save_features
 from contrastive.lars import LARS
 from contrastive.losses import Loss, certain_loss, check_loss, contrastive_loss
 from contrastive.muon import Muon
-from contrastive.plan import print_plan
+from contrastive.plan import check_data, print_model, print_plan
 from contrastive.pretrained import as_trained, check_encoder, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
 from contrastive.representation import Resized, recalibrate, up_to_layer
@@ -587,25 +587,21 @@ def print_learning_rate(config: Optimisation) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def check_data(data: ImageDataset, config: Config) -> None:
-    """Fail now rather than after hours of pretraining. Raises UserError."""
-    if "pretrain" in config.stages_list:
-        n = len(data.pretraining_images)
-        check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
-        most, wanted = n // config.processes, config.batch_size
-        remedy = f"take at most {most}"
-        problem = f"--batch_size {wanted} is too large for the {n:,} images of {data.name}"
-        check(wanted <= most, f"{problem}: {remedy}")
-
-
-def print_model(model: SimCLRModel, data: ImageDataset, config: Config) -> None:
-    """What learns, from what, and where, for people."""
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    if "pretrain" in config.stages_list:
-        n, side = len(data.pretraining_images), data.train_images.shape[-1]
-        print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
-    stem = "" if config.encoder == "compact" else f", {config.stem} stem"
-    print(f"{config.encoder}{stem}, {parameters:.1f} M parameters; {config.machine}")
+def build_model(config: Config) -> SimCLRModel:
+    """f(.) and g(.) as the settings have them, with the first weights of --seed."""
+    torch.manual_seed(config.seed)
+    encoder, feature_dim = build_encoder(
+        config.encoder, config.stem, config.norm, config.activation, config.zero_init
+    )
+    return SimCLRModel(
+        encoder.to(memory_format=layout(config.machine.device)),
+        feature_dim,
+        hidden_dim=config.hidden_dim,
+        embedding_dim=config.embedding_dim + config.beside_embedding,
+        norm=config.head_norm or config.norm,
+        layers=config.head_layers,
+        dropout=config.head_dropout,
+    )
 
 
 def main(config: Config) -> None:
@@ -618,25 +614,21 @@ def main(config: Config) -> None:
     if run.is_finished():
         return
     sets = load_sets(config, file)
-    run.is_about(sets.description(), "evaluate_on" if file and config.evaluate_on else "dataset")
+    flag = "evaluate_on" if file and config.evaluate_on else "dataset"
+    run.is_about(sets.description(file), flag)
     sets = sets.ready(config)
     config, data = at_learned_size(config, sets, file), sets.learned
     if config.finetune_flip is None:
         config = replace(config, finetune_flip=config.flip)
     check_data(data, config)
 
-    torch.manual_seed(config.seed)
-    architecture = config.encoder, config.stem, config.norm, config.activation
-    encoder, feature_dim = build_encoder(*architecture, config.zero_init)
-    encoder.to(memory_format=layout(config.machine.device))
-    untrained, beside = copy.deepcopy(encoder), config.beside_embedding
-    head = config.hidden_dim, config.embedding_dim + beside, config.head_norm or config.norm
-    model = SimCLRModel(encoder, feature_dim, *head, config.head_layers, config.head_dropout)
-    measured = up_to_layer(encoder, model.projection_head, config.probe_layer, beside)
+    model = build_model(config)
+    encoder, untrained = model.get_encoder(), copy.deepcopy(model.get_encoder())
+    head = model.projection_head, config.probe_layer, config.beside_embedding
+    measured = up_to_layer(encoder, *head)
     recorded = load_trained(model, file, beyond_h) if file else None
 
     print_model(model, data, config)
-
     with run.open() as folder:
         results: dict[str, Any] = {}
         pretrained, evaluation = None, None
@@ -652,8 +644,15 @@ def main(config: Config) -> None:
             if pretrained is None and config.recalibrate:
                 recalibrate(encoder, see, data.pretraining_images, config)
             if config.needs_labels:
-                what = measured, untrained, normalize, sets.measured, config, folder
-                evaluation = evaluate(*what, to_be_asked(model, see, sets, config))
+                evaluation = evaluate(
+                    encoder=measured,
+                    untrained=untrained,
+                    normalize=normalize,
+                    data=sets.measured,
+                    settings=config,
+                    folder=folder,
+                    asked=to_be_asked(model, see, sets, config),
+                )
                 results |= evaluation.results()
             if "features" in config.stages_list:
                 shown = nn.Sequential(see, measured)

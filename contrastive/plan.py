@@ -1,14 +1,37 @@
-"""What pretraining is about to do, said before it begins."""
+"""What pretraining is about to do, said before it begins, and whether it can."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 import functions as fn
 from contrastive.arithmetic import in_words
 from contrastive.memory import memory_line, needed_bytes
+from functions import ImageDataset, check
+
+
+def check_data(data: ImageDataset, config: Any) -> None:
+    """Fail now rather than after hours of pretraining. Raises UserError."""
+    if "pretrain" in config.stages_list:
+        n = len(data.pretraining_images)
+        check(n >= 2, f"--dataset {data.name}: {n} image is too few to learn from")
+        most, wanted = n // config.processes, config.batch_size
+        remedy = f"take at most {most}"
+        problem = f"--batch_size {wanted} is too large for the {n:,} images of {data.name}"
+        check(wanted <= most, f"{problem}: {remedy}")
+
+
+def print_model(model: nn.Module, data: ImageDataset, config: Any) -> None:
+    """What learns, from what, and where, for people."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if "pretrain" in config.stages_list:
+        n, side = len(data.pretraining_images), data.train_images.shape[-1]
+        print(f"SimCLR on {data.name}: {n:,} images of {side} pixels for pretraining")
+    stem = "" if config.encoder == "compact" else f", {config.stem} stem"
+    print(f"{config.encoder}{stem}, {parameters:.1f} M parameters; {config.machine}")
 
 
 def print_plan(module: Any, cost: dict[str, Any]) -> None:

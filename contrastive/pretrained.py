@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,12 @@ def encoder_file(checkpoint: str, head: bool = False) -> Path:
     return found
 
 
+def content(file: Path) -> str:
+    """A hash of a file, to tell whether a resumed run is about the same encoder."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
+
+
 def has_head(checkpoint: str) -> bool:
     """Whether what --checkpoint names has the head, too: a checkpoint, or a folder with one."""
     named = Path(checkpoint)
@@ -78,13 +85,13 @@ def as_trained(config: ConfigT, file: Path, head: bool = False) -> ConfigT:
         print(f"there is no config.yaml beside {file}: it is taken for an encoder of {taken}")
         return config
     trained = fn.load_config(type(config), run / "config.yaml")
-    recorded = {name: getattr(trained, name) for name in names}
+    recorded = {name: getattr(trained, name) for name in names + VIEWS}
     for name, value in recorded.items():
         given, default = getattr(config, name), getattr(type(config), name)
         problem = f"--{name} {given}: the run of --checkpoint {file} had {value}"
         check(given in (value, default), f"{problem}: leave it out")
     tell_of_classes(config, trained)
-    return replace(config, **recorded, **{name: getattr(trained, name) for name in VIEWS})
+    return replace(config, **recorded)
 
 
 def tell_of_classes(config: Any, trained: Any) -> None:

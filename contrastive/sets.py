@@ -13,7 +13,7 @@ from torch import Tensor
 import functions as fn
 from contrastive.certainty import MOST, CertaintySettings
 from contrastive.evaluation import EvaluationSettings
-from contrastive.pretrained import image_side
+from contrastive.pretrained import content, image_side
 from functions import ImageDataset, Subset, UserError, check
 
 SettingsT = TypeVar("SettingsT", bound=EvaluationSettings)
@@ -32,11 +32,15 @@ class Sets:
     def differ(self) -> bool:
         return self.learned is not self.measured
 
-    def description(self) -> dict[str, Any]:
-        """What a run notes of them, to tell whether it is resumed on the same."""
-        if not self.differ:
-            return self.learned.description()
-        return {**self.learned.description(), "evaluate_on": self.measured.description()}
+    def description(self, file: Path | None = None) -> dict[str, Any]:
+        """What a run notes of them, to tell whether it is resumed on the same, and with the same
+        encoder. file: the encoder's, where it was trained before."""
+        found = self.learned.description()
+        if self.differ:
+            found["evaluate_on"] = self.measured.description()
+        if file:
+            found["files"] = {"checkpoint": content(file)}
+        return found
 
     def ready(self, settings: EvaluationSettings) -> Sets:
         """The same as they are used: with validation images in the place of the test images if

@@ -65,8 +65,9 @@ class Run:
         """Note the data of this run, or check that they are the ones it began with.
 
         data: its `fingerprint`, and what else there is to say; flag: what names it. Of what another
-        flag names, the same stands under that flag's name. What was learned from other images is
-        worth nothing here, and may not even fit. Raises UserError.
+        flag names, the same stands under that flag's name, and under `files` a hash of each file
+        that a flag names. What was learned from other images is worth nothing here, and may not
+        even fit. Raises UserError.
         """
         self.data = data
         if self.config.resume is None or not is_first_process(self.config):
@@ -75,7 +76,7 @@ class Run:
             began_with = json.loads((self.folder / "data.json").read_text("utf-8"))
             pairs = {flag: (began_with, data)}
             for name in {**began_with, **data}:
-                if isinstance(began_with.get(name, data.get(name)), dict):
+                if name != "files" and isinstance(began_with.get(name, data.get(name)), dict):
                     # Of which nothing is noted where it is the same set.
                     pairs[name] = began_with.get(name, began_with), data.get(name, data)
             changed = {
@@ -83,6 +84,9 @@ class Run:
                 for name, (then, now) in pairs.items()
                 if then["fingerprint"] != now["fingerprint"]
             }
+            for name, content in began_with.get("files", {}).items():
+                if data.get("files", {}).get(name) != content:
+                    changed[name] = "other content"
         except (OSError, ValueError, KeyError):
             if not any(self.folder.rglob("*.ckpt")) and not (self.folder / "study.db").is_file():
                 return  # it was interrupted before it learned anything

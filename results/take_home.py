@@ -19,7 +19,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import functions as fn  # noqa: E402
 
-BESIDE = ("config.yaml", "data.json", "metrics.csv", "pretraining.png")
+# With what says how it was trained, and how it was shown its images.
+BESIDE = ("config.yaml", "data.json", "metrics.csv", "pretraining.png", "results.json")
 
 
 def halve(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -32,16 +33,22 @@ def halve(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main(run: Path, there: Path) -> None:
-    """Copy a finished run's encoder, and beside it what says how it was trained."""
+    """Copy a finished run's encoder, and what belongs to it. Ends with a line for another run,
+    before anything is changed."""
+    lacking = [name for name in ("encoder.pt", *BESIDE) if not (run / name).is_file()]
+    if lacking:
+        sys.exit(f"{run} lacks {', '.join(lacking)}: name the folder of a finished run")
+    state = halve(torch.load(run / "encoder.pt", map_location="cpu", weights_only=True))
+
     there.mkdir(parents=True, exist_ok=True)
-    state = torch.load(run / "encoder.pt", map_location="cpu", weights_only=True)
-    fn.save_torch(there / "encoder.pt", halve(state))
+    shutil.rmtree(there / "measured", ignore_errors=True)  # of the encoder that was there before
     for name in BESIDE:
         shutil.copy(run / name, there / name)
-    # load_encoder's record of how images were normalised, and what the training took.
-    shutil.copy(run / "results.json", there / "results.json")
+    fn.save_torch(there / "encoder.pt", state)
     print(f"{there / 'encoder.pt'}: {(there / 'encoder.pt').stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), HERE / "simclr-best")

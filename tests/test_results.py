@@ -163,6 +163,15 @@ def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
     assert home["shown"]["normalize"] == trained["normalize"]
 
 
+def test_an_unfinished_run_leaves_the_encoder_that_is_there(tmp_path):
+    for name in ("run", "home"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.pt").write_text(name)
+    with pytest.raises(SystemExit, match="finished"):
+        module_of(ROOT / "results/take_home.py").main(tmp_path / "run", tmp_path / "home")
+    assert (tmp_path / "home/encoder.pt").read_text() == "home"
+
+
 def test_fashion_mnist_becomes_a_folder_of_images(tmp_path):
     """Files as Debian's package has them: a header, then bytes."""
     package = tmp_path / "package"

@@ -111,13 +111,33 @@ def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tm
     assert not {"pretrain", "probe", "baselines"} & set(again)
 
 
+def test_a_measurement_goes_on_with_the_encoder_that_it_began_with(
+    simclr_run, image_folder, run_here, tmp_path
+):
+    encoder = tmp_path / "encoder.pt"
+    encoder.write_bytes((simclr_run[0] / "encoder.pt").read_bytes())
+    flags = ["--dataset", image_folder, "--stem", "imagenet", "--stages", "knn", "--no-baselines"]
+    flags += ["--checkpoint", encoder, "--knn_k", 5, "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "out/.unfinished").touch()  # as if it had been interrupted
+    assert run_here("simCLR.py", "--resume", "out", cwd=tmp_path).returncode == 0
+
+    state = torch.load(encoder, weights_only=True)
+    torch.save({name: 2 * value for name, value in state.items()}, encoder)
+    (tmp_path / "out/.unfinished").touch()
+    done = run_here("simCLR.py", "--resume", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r".*--checkpoint \S+ is not what it was .*\n", done.stderr)
+
+
 @pytest.fixture
 def measured(monkeypatch, run_here, tmp_path):
     """measured(flags) -> (what simCLR.py would measure with, what it printed), on digits."""
     found = {}
 
-    def evaluate(encoder, untrained, normalize, data, config, folder, asked=None):
-        found.update(normalize=normalize, config=config)
+    def evaluate(*, normalize, settings, **_):
+        found.update(normalize=normalize, config=settings)
         raise fn.UserError("enough")
 
     def with_flags(*flags):
@@ -163,7 +183,9 @@ def test_an_encoder_without_its_run_is_taken_for_what_the_flags_say(simclr_run, 
     assert "no record of how mine.pt saw its images: by this set's own statistics" in said
 
 
-@pytest.mark.parametrize("flags", [["--encoder", "resnet34"], ["--norm", "group"]])
+@pytest.mark.parametrize(
+    "flags", [["--encoder", "resnet34"], ["--norm", "group"], ["--jitter", "0.1"]]
+)
 def test_flags_that_contradict_the_encoders_run_are_refused(flags, simclr_run, run_here, tmp_path):
     words = ["--dataset", "digits", "--stages", "knn", "--checkpoint", simclr_run[0]]
     done = run_here("simCLR.py", *words, *flags, cwd=tmp_path)
