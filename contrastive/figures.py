@@ -43,19 +43,19 @@ def plot_views(images: Tensor, views: Tensor, file: Path) -> None:
 
 @fn.drawing
 def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
-    """Does it learn? The loss, what finds its like, and how many directions are filled.
+    """Does it learn? The loss, how many views find their partner, and the effective rank.
 
     rows: of an EpochLog; what was not measured is left out.
     """
     panels = {
         "NT-Xent loss": {"train_loss": "batch"},
         "accuracy": {
-            "contrastive_accuracy": "views find their like (batch)",
+            "contrastive_accuracy": "partner found (last batch)",
             "knn_accuracy": "k-NN (training images)",
         },
         "effective rank": {"rank_h": "of h", "rank_z": "of z"},
     }
-    titles = ("Pretraining, without labels", "What finds its like", "Directions that are filled")
+    titles = ("Pretraining, without labels", "Is it learning?", "How many directions h and z use")
     marker = "o" if len(rows) <= 10 else ""
     figure, axes = fn.new_figure(13, 4, columns=3)
     color = 0
@@ -69,7 +69,7 @@ def plot_pretraining(rows: list[dict[str, float]], file: Path) -> None:
         axis.set(title=title)
         fn.over_epochs(axis, name, accuracy=name == "accuracy")
         if len(curves) > 1 and axis.get_lines():
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="lower right" if name == "accuracy" else "best")
     fn.save_figure(figure, file)
 
 
@@ -203,10 +203,17 @@ def plot_certainty(found: Certainty, file: Path) -> None:
 
     axes[2].plot([0, 1], [0, 1], color="lightgrey")
     titles = ("as it is", f"at temperature {found.temperature:.2f}")
-    for bins, title, error in zip(found.bins, titles, found.calibration_error, strict=True):
+    shades = ("0.6", "black")  # no way to be sure has one of these
+    for bins, title, error, shade in zip(
+        found.bins, titles, found.calibration_error, shades, strict=True
+    ):
         label = f"{title}: off by {fn.percent(error)}"
-        axes[2].plot(*np.array(bins)[:, :2].T, marker="o", markersize=4, label=label)
-    axes[2].set(title="A probe's probabilities", xlabel="it says", ylabel="it is right")
+        # Of a handful of images, too, how many are right is noise.
+        enough = [one[:2] for one in bins if one[2] * len(found.right) >= 20]
+        points = np.array(enough).reshape(-1, 2).T
+        axes[2].plot(*points, color=shade, marker="o", markersize=4, label=label)
+    axes[2].set(title="Is the probe's probability right?")
+    axes[2].set(xlabel="its largest probability", ylabel="share that is right")
     axes[2].legend(frameon=False, loc="upper left")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -1,9 +1,9 @@
-"""The JPEG copy of CIFAR-10 on which the results were measured, as a folder of images.
+"""A JPEG copy of CIFAR-10, as the results were measured on: a folder of images.
 
     python results/cifar10_jpeg.py data/cifar10-jpeg
 
 Downloads CIFAR-10 into data/ where it is missing, and saves its 60,000 images at quality 75,
-numbered within their class. With another Pillow, single pixels may differ from ours.
+numbered within their class. Ours came to us ready made: single pixels may differ.
 """
 
 from __future__ import annotations

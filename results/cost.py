@@ -9,6 +9,7 @@ recipe are one point, their mean. The others, all of ResNet-18, stand in anchors
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -22,10 +23,10 @@ import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
-KINDS = {  # (encoder, optimizer): what it is called, its colour, how high its last words are
-    ("resnet18", "sgd"): ("ResNet-18", "C1", 8),
-    ("compact", "sgd"): ("compact encoder", "C0", -16),
-    ("compact", "muon"): ("compact encoder, Muon", "C2", 8),
+KINDS = {  # (encoder, optimizer): what it is called, its colour, where a point has its words
+    ("resnet18", "sgd"): ("ResNet-18", "C1", (0, -16)),
+    ("compact", "sgd"): ("compact encoder", "C0", (0, -16)),
+    ("compact", "muon"): ("compact encoder, Muon", "C2", (0, 9)),
 }
 
 
@@ -54,17 +55,21 @@ def draw(file: Path) -> None:
         t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
         name = f"{method}, published: ResNet-18"
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
+    # Two of one cost and length stand close together, and have their length once.
+    lengths = {(one["t"], epochs(one["setting"])): one["linear"] for one in reversed(published)}
+    style = {"textcoords": "offset points", "fontsize": "small"}
+    for (t, length), reached in lengths.items():
+        axis.annotate(length, (t, reached), (8, 0), color="0.5", va="center", **style)
     for kind, points in ours().items():
-        name, color, height = KINDS[kind]
-        cost, reached = [point[0] for point in points], [point[1] for point in points]
-        axis.plot(cost, reached, "o-", color=color, label=f"SimCLR, here: {name}")
-        for x, y, n in points:
-            words = f"{y:.1f}" + (f" ({n} seeds)" if n > 1 else "")
-            above = height if (x, y, n) == points[-1] else -16  # the others' are below the line
-            style = {"textcoords": "offset points", "ha": "center", "color": color}
-            axis.annotate(words, (x, y), (0, above), **style)
-    axis.annotate("textbook recipe", (1, 73), (6, -10), textcoords="offset points", color="0.4")
+        name, color, away = KINDS[kind]
+        t, linear = [point[0] for point in points], [point[1] for point in points]
+        axis.plot(t, linear, "o-", color=color, label=f"SimCLR, here: {name}")
+        for *point, n in points:
+            words = f"{point[1]:.1f}" + (f" ({n} seeds)" if n > 1 else "")
+            side = "center" if len(points) == 1 else "left" if point[0] == t[-1] else "right"
+            axis.annotate(words, point, away, color=color, ha=side, **style)
     axis.set_xscale("log")
+    axis.set_xlim(0.04, 130)
     ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
@@ -73,6 +78,12 @@ def draw(file: Path) -> None:
     axis.set_title("How much is learned from how little arithmetic, without labels")
     axis.legend(loc="lower right", frameon=False)
     fn.save_figure(figure, file)
+
+
+def epochs(setting: str) -> str:
+    """How long a published run was, from what anchors.json says of it."""
+    found = re.search(r"[\d,]+ epochs?", setting)
+    return found[0] if found else ""
 
 
 if __name__ == "__main__":
