@@ -55,6 +55,7 @@ from machinery.command_line import (  # noqa: F401
     at_least,
     command_line,
     is_first_process,
+    listed,
     load_config,
     parse_config,
     save_config,
@@ -387,8 +388,8 @@ def print_per_class(per_class: dict[str, float | None]) -> None:
     """Print the accuracy of each class, best first, and name the worst three."""
     there = ((value, shown(name)) for name, value in per_class.items() if value is not None)
     ranked = sorted(there, reverse=True)
-    listed = ranked if len(ranked) <= 20 else ranked[:3]
-    rows = [(name, percent(value), "#" * round(30 * value)) for value, name in listed]
+    some = ranked if len(ranked) <= 20 else ranked[:3]
+    rows = [(name, percent(value), "#" * round(30 * value)) for value, name in some]
     print_columns(rows, indent=4, left=2)
     if len(ranked) > 20:
         print(f"    ... and {len(ranked) - 3} more in results.json")

@@ -58,7 +58,7 @@ class CertaintySettings(ProbeSettings):
     def validate(self) -> None:
         super().validate()
         self.require("other_sets without_classes human_labels", fn.UTF_8)
-        named = all(name.strip() for name in self.other_sets.split(","))
+        named = all(fn.listed(self.other_sets))
         check(named, f"--other_sets {self.other_sets!r}: name sets with commas between")
         named = bool(self.left_out) or self.without_classes is None
         check(named, f"--without_classes {self.without_classes!r}: name classes, or leave it out")
@@ -68,7 +68,7 @@ class CertaintySettings(ProbeSettings):
     @property
     def left_out(self) -> list[str]:
         """The classes of --without_classes."""
-        return [name.strip() for name in (self.without_classes or "").split(",") if name.strip()]
+        return [name for name in fn.listed(self.without_classes) if name]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
     @property
     def stages_list(self) -> list[str]:
         """The stages in the order they run. Raises UserError for an unknown one."""
-        wanted = [stage.strip() for stage in self.stages.split(",")]
+        wanted = fn.listed(self.stages)
         unknown = ", ".join(repr(stage) for stage in wanted if stage not in STAGES)
         known = ",".join(STAGES)
         check(not unknown, f"--stages: unknown stage {unknown}; choose from {known}")

@@ -50,7 +50,7 @@ class FewLabelsSettings(ProbeSettings):
     @property
     def label_amounts(self) -> list[Amount]:
         """--labels_per_class and --label_fractions, the fewest of each first. Raises UserError."""
-        counts, shares = words_of(self.labels_per_class), words_of(self.label_fractions)
+        counts, shares = fn.listed(self.labels_per_class), fn.listed(self.label_fractions)
         valid = all(word.isdecimal() and int(word) > 0 for word in counts)
         remedy = "give numbers of at least 1, as 1,2,10"
         check(valid, f"--labels_per_class {self.labels_per_class}: {remedy}")
@@ -61,11 +61,6 @@ class FewLabelsSettings(ProbeSettings):
             *(Amount(per_class=count) for count in sorted({int(word) for word in counts})),
             *(Amount(fraction=share) for share in sorted({float(word) for word in shares})),
         ]
-
-
-def words_of(listed: float | str | None) -> list[str]:
-    """What a flag lists with commas between."""
-    return [] if listed is None else [word.strip() for word in str(listed).split(",")]
 
 
 def is_share(word: str) -> bool:

@@ -138,7 +138,7 @@ def load_others(settings: CertaintySettings, measured: ImageDataset) -> dict[str
     found: dict[str, Tensor] = {}
     size = measured.train_images.shape[-1]
     draw = torch.Generator().manual_seed(settings.seed)
-    for name in (word.strip() for word in settings.other_sets.split(",")):
+    for name in fn.listed(settings.other_sets):
         if name == "noise":
             shape = (MOST, 3, size, size)
             found[name] = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)

@@ -63,6 +63,11 @@ def is_utf_8(text: str) -> bool:
 UTF_8 = Rule(is_utf_8, "a name in UTF-8: rename the folder, or give a link to it")
 
 
+def listed(words: object) -> list[str]:
+    """What a flag lists with commas between; nothing where it was not given."""
+    return [] if words is None else [word.strip() for word in str(words).split(",")]
+
+
 class Settings:
     """Some of a script's flags: a dataclass, with a docstring under each field for its --help.
 

@@ -38,6 +38,7 @@ END
 case "${1:?which piece: 1, 2, 3 or 4}" in
 1)
     versions
+    "$PYTHON" -c "import pytest, xdist" || { echo "pip install -r tests/requirements.txt first" >&2; exit 2; }
     run simCLR.py $tiny --output_dir "$(fresh plain)"
     run simCLR.py $tiny --stages pretrain --micro_batch_size 24 --output_dir "$(fresh micro)"
     run simCLR.py $tiny --stages pretrain --blur 0.5 --norm group --output_dir "$(fresh blur)"
@@ -49,6 +50,8 @@ case "${1:?which piece: 1, 2, 3 or 4}" in
     run -m pytest -q -n 0 -p no:cacheprovider -m gpu tests/test_gpu.py
     if [ "$ACC" = cuda ]; then
         run simCLR.py $tiny --stages pretrain --precision fp16 --output_dir "$(fresh fp16)"
+        run simCLR.py $tiny --stages pretrain --precision fp16 --optimizer muon --learning_rate 0.03 \
+            --output_dir "$(fresh muon)"
         run simCLR.py $tiny --stages pretrain --compile --output_dir "$(fresh compile)"
         run rnn.py --dataset digits --cell all --epochs 2 --precision fp16 --gradient_clip 1 \
             --output_dir "$(fresh rows-fp16)"
