@@ -135,6 +135,7 @@ def norm_of_z(seen: Seen, loss: str) -> Tensor:
 
 
 def outputs_of(seen: Seen) -> Tensor:
+    """What the head makes of h, (N, columns), where there is one."""
     assert seen.outputs is not None
     return seen.outputs
 
@@ -211,6 +212,7 @@ def cropped(images: Tensor, by: float) -> Tensor:
 
 
 def blurred(images: Tensor, by: float) -> Tensor:
+    """The same, blurred with such a standard deviation in pixels of an image of 32."""
     from torchvision.transforms.functional import gaussian_blur
 
     sigma = by * images.shape[-1] / 32
@@ -221,6 +223,7 @@ def blurred(images: Tensor, by: float) -> Tensor:
 
 
 def noisy(images: Tensor, by: float) -> Tensor:
+    """The same with Gaussian noise of such a standard deviation."""
     return (images + by * torch.randn_like(images)).clamp(0, 1)
 
 

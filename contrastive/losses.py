@@ -210,6 +210,7 @@ def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
 
 
 def latent_class_certainty(outputs: Tensor) -> Tensor:
+    """1 - H(p) / log K: (B, K) -> (B,), 1 where all of p is in one class, 0 where it is in each."""
     p = latent_classes(outputs)
     return 1 - torch.special.entr(p).sum(1) / math.log(p.shape[1])
 
@@ -229,6 +230,7 @@ def tau_loss(outputs: Tensor, temperature: float) -> Tensor:
 
 
 def tau_certainty(outputs: Tensor) -> Tensor:
+    """c, the share of its logits that an image claims: (B, D + 1) -> (B,), between 0 and 1."""
     return torch.sigmoid(outputs[:, -1])
 
 
@@ -296,6 +298,7 @@ def power_spherical(mu: Tensor, kappa: Tensor, samples: int) -> Tensor:
 
 
 def kappa_certainty(outputs: Tensor) -> Tensor:
+    """kappa > 0, how closely an image's views lie together: (B, D + 1) -> (B,)."""
     return F.softplus(outputs[:, -1])
 
 

@@ -22,6 +22,10 @@ def check_data(data: ImageDataset, config: Any) -> None:
         remedy = f"take at most {most}"
         problem = f"--batch_size {wanted} is too large for the {n:,} images of {data.name}"
         check(wanted <= most, f"{problem}: {remedy}")
+        side, patch = data.train_images.shape[-1], 7 if config.stem == "imagenet" else 3
+        problem = f"--whiten: images of {side} pixels have no patch of {patch} x {patch}"
+        fits = side >= patch or not config.whiten
+        check(fits, f"{problem}: leave it out, or give --image_size {patch}")
 
 
 def print_model(model: nn.Module, data: ImageDataset, config: Any) -> None:

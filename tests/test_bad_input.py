@@ -201,6 +201,7 @@ BAD = [
     (SIMCLR, [*DIGITS, "--seed", "-1"], "--seed", "between 0 and"),
     (SIMCLR, [*DIGITS, "--seed", "4294967296"], "--seed", "between 0 and"),
     (SIMCLR, [*DIGITS, "--image_size", "2"], "--image_size", "between 4 and"),
+    (SIMCLR, [*DIGITS, "--stem", "imagenet", "--image_size", "5", "--whiten"], "--whiten", "leave"),
     (SIMCLR, [*DIGITS, "--accelerator", "tpu"], "--accelerator", "cpu"),
     (SIMCLR, [*DIGITS, "--precision", "fp8"], "--precision", "bf16"),
     (SIMCLR, [*DIGITS, "--baselines", "maybe"], "--baselines", "true or false"),

@@ -94,6 +94,7 @@ def test_two_processes_are_one_with_twice_the_batch(micro, whole_batch, run, tmp
         ["--decoupled", "true"],
         ["--micro_batch_size", 50],
         ["--precision", "bf16"],
+        ["--optimizer", "muon", "--learning_rate", 0.03],
     ],
     ids=lambda flags: "-".join(map(str, flags)).strip("-") or "each",
 )
@@ -112,6 +113,11 @@ def test_two_processes_are_one_with_four_views_too(more, run, tmp_path):
     whole, ours = gradient(tmp_path / "one"), gradient(tmp_path / "two")
     assert loss(tmp_path / "two") == pytest.approx(loss(tmp_path / "one"), rel=close)
     assert float((ours - whole).norm() / whole.norm()) < (0.1 if "bf16" in more else 1e-5)
+    whole, ours = (
+        torch.load(tmp_path / name / "encoder.pt", weights_only=True) for name in ("one", "two")
+    )
+    for name, weight in whole.items():  # as their optimizer has moved them
+        assert torch.allclose(ours[name], weight, atol=0.01 if "bf16" in more else 1e-4), name
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="needs two cores")
