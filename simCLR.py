@@ -54,7 +54,7 @@ from contrastive.muon import Muon
 from contrastive.plan import check_data, print_model, print_plan
 from contrastive.pretrained import as_trained, check_encoder, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
-from contrastive.representation import Resized, recalibrate, up_to_layer
+from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
 from contrastive.sets import Sets, as_shown, at_learned_size, load_sets
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
@@ -623,11 +623,11 @@ def main(config: Config) -> None:
     check_data(data, config)
 
     model = build_model(config)
-    encoder, untrained = model.get_encoder(), copy.deepcopy(model.get_encoder())
+    encoder, cells = model.get_encoder(), config.probe_cells
+    untrained = in_cells(copy.deepcopy(encoder), cells)
     head = model.projection_head, config.probe_layer, config.beside_embedding
-    measured = up_to_layer(encoder, *head)
+    measured = up_to_layer(in_cells(encoder, cells), *head)
     recorded = load_trained(model, file, beyond_h) if file else None
-
     print_model(model, data, config)
     with run.open() as folder:
         results: dict[str, Any] = {}

@@ -46,11 +46,12 @@ class CompactNet(nn.Module):
         self.block1 = CompactBlock(32, 64, norm, activation)
         self.block2 = CompactBlock(64, 256, norm, activation)
         self.block3 = CompactBlock(256, self.width, norm, activation)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.norm1(self.conv1(x)))
         x = self.block3(self.block2(self.block1(x)))
-        return x.mean((2, 3))
+        return self.avgpool(x).flatten(1)
 
 
 class CompactBlock(nn.Module):

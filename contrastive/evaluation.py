@@ -90,8 +90,9 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
         problem = f"--recalibrate measures on what was learned from, not on --evaluate_on: {remedy}"
         check(not (transfer and self.recalibrate), problem)
         of_h = {"finetune", "certainty"} & set(self.stages_list)
-        problem = f"--probe_layer is not for {' and '.join(sorted(of_h))}, which take h"
-        check(self.probe_layer == 0 or not of_h, f"{problem}: leave it out")
+        for flag, is_h in (("layer", self.probe_layer == 0), ("cells", self.probe_cells == 1)):
+            problem = f"--probe_{flag} is not for {' and '.join(sorted(of_h))}, which take h"
+            check(is_h or not of_h, f"{problem}: leave it out")
         one = self.left_out == [] or self.evaluate_on is None or "pretrain" not in self.stages_list
         problem = "--without_classes is about one set, and --evaluate_on names another"
         check(one, f"{problem}: leave one of them out, or pretrain first")

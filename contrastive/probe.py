@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import functions as fn
-from functions import Batches
+from functions import Batches, check
 
 
 @dataclass
@@ -37,11 +37,17 @@ class ProbeSettings(fn.RunConfig):
     probe_layer: int = 0
     """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
     as --head_layers is z (Section 4.2)"""
+    probe_cells: int = 1
+    """cells a side, over each of which the encoder's last map is averaged for what is measured: 1
+    is h; 2 keeps where in an image things are, in four times as many numbers (Goyal et al. 2019)"""
 
     def validate(self) -> None:
         super().validate()
         self.require("knn_k probe_epochs", fn.at_least(1))
         self.require("probe_layer", fn.NOT_NEGATIVE)
+        self.require("probe_cells", fn.at_least(1))
+        both = self.probe_layer > 0 and self.probe_cells > 1
+        check(not both, "--probe_layer is made of h, --probe_cells is not: leave one of them out")
         self.require("probe_batch_size", fn.at_least(2))
         self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -47,6 +48,21 @@ def recalibrate(
     with machine.autocast():
         torch.optim.swa_utils.update_bn(batches, model, torch.device(machine.device))
     model.cpu()
+
+
+def in_cells(encoder: nn.Module, cells: int) -> nn.Module:
+    """The same encoder, its weights shared, that averages its last map over each of cells x cells
+    parts of it, not over all of it.
+
+    Images (B, 3, H, W) -> (B, cells * cells * D), with one cell h itself. Where in the image things
+    are is kept: the usual way to measure what a whole map knows (Goyal et al. 2019, arXiv
+    1905.01235, Section 4: maps pooled to some 9,000 numbers).
+    """
+    if cells == 1:
+        return encoder
+    other = copy.copy(encoder)
+    other._modules = {**encoder._modules, "avgpool": nn.AdaptiveAvgPool2d(cells)}
+    return other
 
 
 class FirstColumns(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive.representation import Resized, recalibrate, up_to_layer
+from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
 SHORT = [
@@ -422,6 +423,41 @@ def test_a_layer_of_the_head_is_what_its_formula_says(encoder):
     assert torch.equal(found, model(x))
     with pytest.raises(fn.UserError, match="--probe_layer 4: the head has 3 layers"):
         up_to_layer(encoder, head, 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "compact"])
+def test_cells_are_the_means_of_the_parts_of_the_last_map(name):
+    """Of a 4 x 4 map: each quarter's mean, channel by channel; and their mean is h."""
+    encoder, width = simCLR.build_encoder(name)
+    encoder.eval()
+    maps = []
+    encoder.avgpool.register_forward_pre_hook(lambda _, given: maps.append(given[0]))
+    x = randn(2, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        h, cells = encoder(x), in_cells(encoder, 2)(x)
+        (last,) = maps  # (2, D, 4, 4)
+        for channel in range(0, width, 100):
+            for i in range(2):
+                for j in range(2):
+                    quarter = last[:, channel, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                    found = cells[:, 4 * channel + 2 * i + j]
+                    torch.testing.assert_close(found, quarter.mean((1, 2)))
+        torch.testing.assert_close(cells.view(2, width, 4).mean(2), h)
+        assert in_cells(encoder, 1) is encoder
+        encoder.conv1.weight.zero_()  # its weights are the encoder's own
+        assert not torch.equal(in_cells(encoder, 2)(x), cells)
+
+
+def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):
+    flags = [*SHORT, "--epochs", 1, "--stages", "pretrain,knn,probe,features", "--probe_cells", 2]
+    flags += ["--image_size", 16, "--encoder", "compact", "--stem", "cifar", "--baselines", "true"]
+    done = run_here("simCLR.py", *flags, "--output_dir", "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.load(tmp_path / "out/features.npz")["h"].shape == (1797, 2048)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["baselines"]["untrained_encoder"]["probe"]["test_accuracy"] > 0.5
+    weights = torch.load(tmp_path / "out/classifier.pt", weights_only=True)
+    assert weights["classifier.weight"].shape == (10, 2048)
 
 
 def test_z_is_measured_again_from_the_checkpoint(run_here, tmp_path):
