@@ -410,7 +410,7 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
 
 @dataclass
 class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.RunConfig):
-    """SimCLR's settings: the paper's for CIFAR-10 (Appendix B.9), unless a flag says otherwise.
+    """SimCLR's settings: the paper's method; where it has other numbers, --help says which.
 
     RunConfig stands last so that a config.yaml begins with the data set.
     """
