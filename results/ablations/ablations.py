@@ -44,7 +44,7 @@ QUESTIONS = [
         "layers",
         "Which layer is the representation?",
         "h. To find partners in spite of crop and colour, g throws away what the classes need: "
-        "the linear probe reads nine points less from z, with both seeds, and five or six of them "
+        "the linear probe reads nine points less from z, with each of three seeds, and six of them "
         "are gone after the hidden layer. So g is for training alone (Section 4.2: more than ten "
         "points).",
         {
