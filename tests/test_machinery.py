@@ -349,10 +349,11 @@ def test_new_run_folder_is_named_after_script_and_set_and_has_the_configuration(
     with fn.Run(Config(dataset="some/photos", epochs=4)).open() as folder:
         assert folder.parent == Path("runs")
         assert folder.name.startswith("script-photos-2")
-        assert {file.name for file in folder.iterdir()} == {"config.yaml", ".lock", ".unfinished"}
+        there = {"config.yaml", "sessions.txt", ".lock", ".unfinished"}
+        assert {file.name for file in folder.iterdir()} == there
         saved = parse("--config", str(folder / "config.yaml"))
         assert saved == Config(dataset="some/photos", epochs=4)
-    assert {file.name for file in folder.iterdir()} == {"config.yaml", ".lock"}
+    assert {file.name for file in folder.iterdir()} == {"config.yaml", "sessions.txt", ".lock"}
 
 
 def test_two_runs_in_the_same_second_get_different_folders(monkeypatch):
