@@ -42,14 +42,20 @@ def baseline(config: str) -> simCLR.Config:
     return fn.load_config(simCLR.Config, ROOT / config)
 
 
-def entry(run: Path, base: simCLR.Config, also: tuple[str, ...] = ()) -> dict[str, Any]:
+def entry(
+    run: Path, base: simCLR.Config, also: tuple[str, ...] = (), held_out: bool = True
+) -> dict[str, Any]:
     """What is kept of a finished run, or of a run whose encoder was measured once more.
 
     Of the latter it keeps the flags with which one run would have pretrained and measured so. also:
-    further parts of results.json.
+    further parts of results.json. held_out: whether it is to be measured on held-out training
+    images, or on the test images; ends with a line of text where it was measured on the others.
     """
     results = json.loads((run / "results.json").read_text())
     config = fn.load_config(simCLR.Config, run / "config.yaml")
+    if bool(config.validation_fraction) != held_out:
+        remedy = "with" if held_out else "without"
+        sys.exit(f"{run}: measure it {remedy} --validation_fraction for this page")
     flags = changed(config, base)
     if config.checkpoint:
         earlier = Path(config.checkpoint)
@@ -100,16 +106,9 @@ def add(
     held_out: bool = True,
 ) -> list[dict[str, Any]]:
     """The entries of a page's JSON file, and those of these runs; one measured anew takes its old
-    place. held_out: whether the page is about held-out training images, or the test images. Ends
-    with a line of text for a run that was measured on the others.
-    """
-    for run in runs:
-        config = fn.load_config(simCLR.Config, Path(run) / "config.yaml")
-        if bool(config.validation_fraction) != held_out:
-            remedy = "with" if held_out else "without"
-            sys.exit(f"{run}: measure it {remedy} --validation_fraction for this page")
+    place. also, held_out: of `entry`."""
     known = json.loads(kept.read_text()) if kept.is_file() else []
-    added = [entry(Path(run), base, also) for run in runs]
+    added = [entry(Path(run), base, also, held_out) for run in runs]
     return list({key(one): one for one in known + added}.values())
 
 

@@ -21,6 +21,7 @@ import functions as fn  # noqa: E402
 
 # With what says how it was trained, and how it was shown its images.
 BESIDE = ("config.yaml", "data.json", "metrics.csv", "pretraining.png", "results.json")
+MEASURED = ("measured", "cells")  # what this encoder is worth, by h and by the last map in quarters
 
 
 def halve(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,7 +42,8 @@ def main(run: Path, there: Path) -> None:
     state = halve(torch.load(run / "encoder.pt", map_location="cpu", weights_only=True))
 
     there.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(there / "measured", ignore_errors=True)  # of the encoder that was there before
+    for name in MEASURED:  # of the encoder that was there before
+        shutil.rmtree(there / name, ignore_errors=True)
     for name in BESIDE:
         shutil.copy(run / name, there / name)
     fn.save_torch(there / "encoder.pt", state)

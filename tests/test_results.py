@@ -147,7 +147,11 @@ def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
     flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
     done = run("simCLR.py", *flags, "--stages", "pretrain", "--output_dir", "run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    earlier = [tmp_path / "home" / name for name in ("measured", "cells")]
+    for folder in earlier:  # of another encoder
+        folder.mkdir(parents=True)
     module_of(ROOT / "results/take_home.py").main(tmp_path / "run", tmp_path / "home")
+    assert not any(folder.exists() for folder in earlier)
     whole, half = (tmp_path / name / "encoder.pt" for name in ("run", "home"))
     assert half.stat().st_size < 0.51 * whole.stat().st_size
     ours, theirs = (torch.load(file, weights_only=True) for file in (half, whole))
