@@ -45,7 +45,15 @@ from contrastive.augmentation import (
 )
 from contrastive.caching import GradientCache
 from contrastive.certainty import Asked
-from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, EncoderName, group_norm
+from contrastive.encoders import (
+    ACTIVATIONS,
+    NORMS,
+    CompactNet,
+    EncoderName,
+    head_norm,
+    layout,
+    widen,
+)
 from contrastive.evaluation import EvaluationSettings, draw, evaluate
 from contrastive.features import save_features
 from contrastive.lars import LARS
@@ -148,6 +156,9 @@ class EncoderAndHead(fn.Settings):
     zero_init: bool = False
     """let each block of a ResNet begin as the identity, as in the paper's own code: its last
     normalisation scales by 0"""
+    feature_dim: int | None = None
+    """length of h: a 1x1 convolution widens the last map to it before the average (unless given,
+    as wide as the encoder ends: the paper)"""
     head_layers: int = 2
     """linear layers of g(.): 2 as in the paper, 1 is a linear head, 0 compares h itself"""
     hidden_dim: int = 512
@@ -166,7 +177,7 @@ class EncoderAndHead(fn.Settings):
     def validate(self) -> None:
         super().validate()
         check_encoder(self.encoder, self.stem, self.zero_init)
-        self.require("hidden_dim embedding_dim", fn.at_least(1))
+        self.require("feature_dim hidden_dim embedding_dim", fn.at_least(1))
         self.require("head_layers", fn.NOT_NEGATIVE)
         self.require("head_dropout", fn.BELOW_1)
         lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
@@ -180,6 +191,7 @@ def build_encoder(
     norm: str = "batch",
     activation: str = "relu",
     zero_init: bool = False,
+    feature_dim: int | None = None,
 ) -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier, or a `CompactNet`.
 
@@ -187,7 +199,8 @@ def build_encoder(
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
     GroupNorm (Wu & He 2018, arXiv 1803.08494). activation: what stands where ResNets have ReLU; the
     parameters are the same. zero_init: residual blocks begin as the identity (Goyal et al. 2017,
-    arXiv 1706.02677, Section 5.1). Raises UserError for an unknown name.
+    arXiv 1706.02677, Section 5.1). feature_dim: another length of h (`widen`). Raises UserError for
+    an unknown name.
     """
     check_encoder(name, stem, zero_init)
     check(norm in NORMS, f"--norm {norm} is unknown; choose batch or group")
@@ -196,11 +209,13 @@ def build_encoder(
 
     if name == "compact":
         encoder: nn.Module = CompactNet(NORMS[norm], ACTIVATIONS[activation])
-        feature_dim = CompactNet.width
+        width = CompactNet.width
     else:
-        encoder, feature_dim = build_resnet(name, stem, norm, activation, zero_init)
+        encoder, width = build_resnet(name, stem, norm, activation, zero_init)
+    if feature_dim is not None:
+        widen(encoder, width, feature_dim, NORMS[norm], ACTIVATIONS[activation])
     use_small_maps(encoder)
-    return encoder.to(memory_format=layout("cpu")), feature_dim
+    return encoder.to(memory_format=layout("cpu")), feature_dim or width
 
 
 def build_resnet(
@@ -224,21 +239,6 @@ def build_resnet(
         for block in [m for m in encoder.modules() if hasattr(m, "relu")]:
             block.relu = ACTIVATIONS[activation]()
     return encoder, feature_dim
-
-
-def layout(device: str) -> torch.memory_format:
-    """How feature maps lie in memory: each pixel's channels together, where that is fast.
-
-    On Apple's GPUs BatchNorm has computed wrong numbers in that layout (PyTorch issue 175189).
-    """
-    return torch.contiguous_format if device == "mps" else torch.channels_last
-
-
-def head_norm(kind: str, width: int) -> list[nn.Module]:
-    """What normalises a hidden layer of the head: (B, width) -> (B, width)."""
-    if kind == "none":
-        return []
-    return [nn.BatchNorm1d(width) if kind == "batch" else group_norm(width)]
 
 
 def build_head(
@@ -591,7 +591,8 @@ def build_model(config: Config) -> SimCLRModel:
     """f(.) and g(.) as the settings have them, with the first weights of --seed."""
     torch.manual_seed(config.seed)
     encoder, feature_dim = build_encoder(
-        config.encoder, config.stem, config.norm, config.activation, config.zero_init
+        *(config.encoder, config.stem, config.norm, config.activation),
+        *(config.zero_init, config.feature_dim),
     )
     return SimCLRModel(
         encoder.to(memory_format=layout(config.machine.device)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,6 +21,13 @@ def group_norm(channels: int) -> nn.GroupNorm:
 NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
 EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"]
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+
+
+def head_norm(kind: str, width: int) -> list[nn.Module]:
+    """What normalises a hidden layer of the head: (B, width) -> (B, width)."""
+    if kind == "none":
+        return []
+    return [nn.BatchNorm1d(width) if kind == "batch" else group_norm(width)]
 
 
 class CompactNet(nn.Module):
@@ -78,3 +86,24 @@ class CompactBlock(nn.Module):
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     """A convolution that keeps the map's size; the normalisation behind it has the bias."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+
+
+def widen(encoder: Any, inputs: int, outputs: int, norm: Any, activation: Any) -> None:
+    """Let h have `outputs` numbers: a 1x1 convolution of the last map, of `inputs`, before it is
+    averaged.
+
+    In place; norm and activation as in `CompactNet`. Each place of the map is asked for more, in a
+    nonlinear way, and only then do places mix: a linear probe reads more from it, for little
+    arithmetic, since no map has fewer pixels than the last. MobileNetV2 ends so (Sandler et al.
+    2018, arXiv 1801.04381, Table 2).
+    """
+    wide = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+    encoder.avgpool = nn.Sequential(wide, norm(outputs), activation(), encoder.avgpool)
+
+
+def layout(device: str) -> torch.memory_format:
+    """How feature maps lie in memory: each pixel's channels together, where that is fast.
+
+    On Apple's GPUs BatchNorm has computed wrong numbers in that layout (PyTorch issue 175189).
+    """
+    return torch.contiguous_format if device == "mps" else torch.channels_last

@@ -60,8 +60,11 @@ def in_cells(encoder: nn.Module, cells: int) -> nn.Module:
     """
     if cells == 1:
         return encoder
+    pool: nn.Module = nn.AdaptiveAvgPool2d(cells)
+    if isinstance(encoder.avgpool, nn.Sequential):  # what widens the map stays before it
+        pool = nn.Sequential(*encoder.avgpool[:-1], pool)
     other = copy.copy(encoder)
-    other._modules = {**encoder._modules, "avgpool": nn.AdaptiveAvgPool2d(cells)}
+    other._modules = {**encoder._modules, "avgpool": pool}
     return other
 
 

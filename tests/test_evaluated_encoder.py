@@ -425,13 +425,16 @@ def test_a_layer_of_the_head_is_what_its_formula_says(encoder):
         up_to_layer(encoder, head, 4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "compact"])
-def test_cells_are_the_means_of_the_parts_of_the_last_map(name):
+@pytest.mark.parametrize(
+    ("name", "feature_dim"), [("resnet18", None), ("compact", None), ("compact", 700)]
+)
+def test_cells_are_the_means_of_the_parts_of_the_last_map(name, feature_dim):
     """Of a 4 x 4 map: each quarter's mean, channel by channel; and their mean is h."""
-    encoder, width = simCLR.build_encoder(name)
+    encoder, width = simCLR.build_encoder(name, feature_dim=feature_dim)
     encoder.eval()
     maps = []
-    encoder.avgpool.register_forward_pre_hook(lambda _, given: maps.append(given[0]))
+    average = encoder.avgpool if feature_dim is None else encoder.avgpool[-1]
+    average.register_forward_pre_hook(lambda _, given: maps.append(given[0]))
     x = randn(2, 3, 32, 32, dtype=torch.float32)
     with torch.no_grad():
         h, cells = encoder(x), in_cells(encoder, 2)(x)

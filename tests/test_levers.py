@@ -19,7 +19,7 @@ import functions as fn
 import simCLR
 from contrastive import encoders
 from contrastive.arithmetic import macs_of
-from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet
+from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, widen
 from contrastive.lars import LARS
 from contrastive.muon import ITERATIONS, Muon, orthogonalization_macs, orthogonalized
 
@@ -102,6 +102,38 @@ def test_the_compact_encoder_is_seven_convolutions(side, activation, seeded):
     by_hand = compact_by_hand(x, encoder.state_dict(), getattr(nn.functional, activation))
     assert dim == 512
     torch.testing.assert_close(encoder.eval()(x), by_hand, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(
+    ("name", "ends"), [("compact", 512), ("resnet18", 512), ("resnet50", 2048)]
+)
+def test_a_wider_representation_is_the_average_of_a_widened_last_map(
+    name, ends, activation, seeded
+):
+    """h = mean over places of nonlinearity(norm(W x)), where x is the last map at each place; the
+    other weights, and what they begin as, are those of the encoder as it is."""
+    encoder, dim = simCLR.build_encoder(name, activation=activation, feature_dim=37)
+    assert dim == 37
+    torch.manual_seed(0)
+    narrow, _ = simCLR.build_encoder(name, activation=activation)
+    torch.manual_seed(0)
+    again, _ = simCLR.build_encoder(name, activation=activation, feature_dim=37)
+    state = again.state_dict()
+    assert all(torch.equal(state[key], part) for key, part in narrow.state_dict().items())
+
+    wide, norm = encoder.avgpool[:2]
+    for part in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(part)
+    maps = []
+    encoder.avgpool.register_forward_pre_hook(lambda module, given: maps.append(given[0]))
+    x = torch.rand(2, 3, 24, 24)
+    h = encoder.double().eval()(x.double())
+    places = maps[0].flatten(2).transpose(1, 2)  # (B, places, channels)
+    assert places.shape[1:] == (9, ends)
+    y = places @ wide.weight.flatten(1).T
+    y = (y - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(h, getattr(nn.functional, activation)(y).mean(1))
 
 
 def test_the_compact_encoder_needs_pytorch_alone():
@@ -457,8 +489,12 @@ def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, ru
 
 @pytest.mark.parametrize(
     "architecture",
-    [{"stem": "imagenet", "activation": "gelu"}, {"encoder": "compact", "whiten": "true"}],
-    ids=lambda architecture: "-".join(architecture.values()),
+    [
+        {"stem": "imagenet", "activation": "gelu"},
+        {"encoder": "compact", "whiten": "true"},
+        {"encoder": "compact", "feature_dim": 96},
+    ],
+    ids=lambda architecture: "-".join(map(str, architecture.values())),
 )
 def test_an_encoder_is_measured_as_what_it_was_trained_as(architecture, run_here, tmp_path):
     flags = ["--dataset", "digits", "--epochs", 1, "--no-baselines", "--knn_k", 5]
@@ -481,7 +517,11 @@ def test_an_encoder_is_measured_as_what_it_was_trained_as(architecture, run_here
 def torchvisions(config):
     """The same encoder, made by its own constructor, as the README and docs/levers.md say."""
     if config.encoder == "compact":
-        return CompactNet(NORMS[config.norm], ACTIVATIONS[config.activation])
+        norm, activation = NORMS[config.norm], ACTIVATIONS[config.activation]
+        encoder = CompactNet(norm, activation)
+        if config.feature_dim:
+            widen(encoder, CompactNet.width, config.feature_dim, norm, activation)
+        return encoder
     group = {"norm_layer": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
     encoder = getattr(models, config.encoder)(**(group if config.norm == "group" else {}))
     if config.stem == "cifar":
@@ -505,6 +545,7 @@ def torchvisions(config):
         {"encoder": "resnet34", "norm": "group", "activation": "silu", "ema": 0.5},
         {"encoder": "compact", "stem": "cifar", "norm": "group", "activation": "gelu"},
         {"encoder": "compact", "stem": "cifar", "micro_batch_size": 8, "crop_size": "4:0.5,8:1"},
+        {"encoder": "compact", "stem": "cifar", "feature_dim": 48, "activation": "silu"},
         pytest.param({"encoder": "resnet50", "stem": "cifar"}, marks=pytest.mark.slow),
         pytest.param({"encoder": "resnet50", "norm": "group"}, marks=pytest.mark.slow),
         pytest.param({"encoder": "resnet101", "activation": "gelu"}, marks=pytest.mark.slow),
@@ -519,7 +560,7 @@ def test_an_encoder_is_trained_exported_and_loaded_elsewhere(changes, tmp_path):
     images = fn.load_dataset("digits").train_images[:32]
     data = fn.ImageDataset("digits", images, None, None, None, ())
     architecture = config.encoder, config.stem, config.norm, config.activation
-    encoder, dim = simCLR.build_encoder(*architecture)
+    encoder, dim = simCLR.build_encoder(*architecture, feature_dim=config.feature_dim)
     norm = config.head_norm or config.norm
     head = config.hidden_dim, config.embedding_dim, norm, config.head_layers, config.head_dropout
     model = simCLR.SimCLRModel(encoder, dim, *head)
