@@ -171,8 +171,6 @@ class EncoderAndHead(fn.Settings):
     """share of the head's hidden units dropped in each step"""
     whiten: bool = False
     """start the first layer from the whitened principal components of the images' patches"""
-    compile: bool = False
-    """compile the model with torch.compile: meant for GPUs"""
 
     def validate(self) -> None:
         super().validate()
@@ -180,9 +178,6 @@ class EncoderAndHead(fn.Settings):
         self.require("feature_dim hidden_dim embedding_dim", fn.at_least(1))
         self.require("head_layers", fn.NOT_NEGATIVE)
         self.require("head_dropout", fn.BELOW_1)
-        lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
-        remedy = "install triton (on Windows triton-windows), or leave it out"
-        check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
 
 
 def build_encoder(
@@ -325,12 +320,12 @@ class Optimisation(fn.SeveralDevices):
     last 100 steps"""
     warmup_epochs: int = 10
     """epochs of linear warm-up before the cosine decay, at most a tenth of all epochs"""
-    knn_every: int = 1
-    """epochs between k-NN checks, on training images whose labels pretraining never sees"""
+    compile: bool = False
+    """compile the model with torch.compile: meant for GPUs"""
 
     def validate(self) -> None:
         super().validate()
-        self.require("epochs knn_every", fn.at_least(1))
+        self.require("epochs", fn.at_least(1))
         self.require("batch_size", fn.at_least(2))
         self.require("learning_rate", fn.POSITIVE)
         self.require("weight_decay warmup_epochs", fn.NOT_NEGATIVE)
@@ -345,6 +340,9 @@ class Optimisation(fn.SeveralDevices):
         turn = actual_learning_rate(self)
         problem = f"--learning_rate: with muon, a layer would turn by {turn:g} of its length a step"
         check(self.optimizer != "muon" or turn < 1, f"{problem}: give less, or --scaling none")
+        lacking = self.compile and torch.cuda.is_available() and find_spec("triton") is None
+        remedy = "install triton (on Windows triton-windows), or leave it out"
+        check(not lacking, f"--compile needs Triton on a CUDA GPU: {remedy}")
 
     @property
     def effective_batch_size(self) -> int:

@@ -25,6 +25,8 @@ class ProbeSettings(fn.RunConfig):
     """neighbours that vote in k-NN"""
     knn_temperature: float = 0.1
     """tau of the votes' weights in k-NN"""
+    knn_every: int = 1
+    """epochs of pretraining between k-NN checks, on training images whose labels it never sees"""
     probe: Literal["sgd", "lbfgs"] = "sgd"
     """how the linear probe is trained: step by step with curves, or to the optimum of logistic
     regression, its penalty chosen on labelled training images that are held out for it"""
@@ -43,7 +45,7 @@ class ProbeSettings(fn.RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.require("knn_k probe_epochs", fn.at_least(1))
+        self.require("knn_k knn_every probe_epochs", fn.at_least(1))
         self.require("probe_layer", fn.NOT_NEGATIVE)
         self.require("probe_cells", fn.at_least(1))
         both = self.probe_layer > 0 and self.probe_cells > 1
