@@ -27,7 +27,9 @@ from contrastive.scores import (
     best_temperature,
     calibration,
     mean_ranks,
+    mean_spearman,
     nearest_is_alike,
+    order_of_errors,
     spearman,
 )
 from functions import Subset, check
@@ -37,6 +39,7 @@ SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # of an image's area that a crop lea
 BLURS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # standard deviations, in pixels of an image 32 a side
 NOISES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)  # the same, in units of 1 = white
 VIEWS = 10  # augmentations that are to agree
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 @dataclass
@@ -78,27 +81,41 @@ class CertaintySettings(ProbeSettings):
 
 @dataclass
 class Seen:
-    """What the model makes of images: h (N, D), and what the head makes of h (N, columns)."""
+    """What the model makes of images: h (N, D), and what the head makes of h (N, columns); and how
+    sharp they are, (N,), to which no model is needed."""
 
     h: Tensor
     outputs: Tensor | None = None
+    sharpness: Tensor | None = None
 
 
 Way = Callable[[Seen], Tensor]  # -> certainties (N,)
 
 
-class Both(nn.Module):
-    """Images -> h, and beside it what the head makes of it: (B, D + columns)."""
+def sharpness(images: Tensor) -> Tensor:
+    """How much neighbouring pixels differ, on average: float32 (B, 3, H, W) in [0, 1] -> (B,)."""
+    across, down = (images.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (3, 2))
+    return (across + down) / 2
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+
+class Look(nn.Module):
+    """Images uint8 (B, 3, H, W) -> h of what `change` makes of them, what the head makes of h, and
+    how sharp they are: (B, D + columns + 1). see: float32 in [0, 1] -> as the encoder sees them."""
+
+    def __init__(
+        self, change: Callable[[Tensor], Tensor], see: nn.Module, encoder: nn.Module, head: Any
+    ) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.change, self.see, self.encoder, self.head = change, see, encoder, head
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.encoder(x).float()
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            images = self.change(images / 255)
+        h = self.encoder(self.see(images)).float()
         # In bfloat16 a certainty would have some fifty values.
-        with torch.autocast(h.device.type, enabled=False):
-            return torch.cat([h, self.head(h)], dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            outputs = [self.head(h)] if self.head else []
+            return torch.cat([h, *outputs, sharpness(images)[:, None]], dim=1)
 
 
 def kth_similarity(h: Tensor, bank: Tensor, k: int = 10, block: int = 512) -> Tensor:
@@ -107,15 +124,18 @@ def kth_similarity(h: Tensor, bank: Tensor, k: int = 10, block: int = 512) -> Te
 
 
 def ways(h: Features, classifier: nn.Linear, after: nn.Module, loss: str) -> dict[str, Way]:
-    """{name: a way}: what any encoder offers, what was learned after, and what --loss has learned.
+    """{name: a way}: one that needs no encoder, what any encoder offers, what was learned after,
+    and what --loss has learned.
 
-    The last one is what its pictures show.
+    Whoever takes certainty for what falls where images are harder to see has to beat the first: it
+    falls, too, and has seen nothing. The last one is what the pictures show.
     """
 
     def probabilities(seen: Seen) -> Tensor:
         return classifier(seen.h).softmax(1)
 
     found: dict[str, Way] = {
+        "sharpness": sharpness_of,
         "norm of h": lambda seen: seen.h.norm(dim=1),
         "tenth neighbour": lambda seen: kth_similarity(seen.h, h.train),
         "probe's entropy": lambda seen: -torch.special.entr(probabilities(seen)).sum(1),
@@ -132,6 +152,12 @@ def norm_of_z(seen: Seen, loss: str) -> Tensor:
     outputs = outputs_of(seen)
     columns = CERTAIN[loss].columns if loss in CERTAIN else 0
     return outputs[:, : outputs.shape[1] - columns].norm(dim=1)
+
+
+def sharpness_of(seen: Seen) -> Tensor:
+    """How sharp images are, (N,), where that was noted."""
+    assert seen.sharpness is not None
+    return seen.sharpness
 
 
 def outputs_of(seen: Seen) -> Tensor:
@@ -258,15 +284,12 @@ class Asked:
         self, images: Tensor | Subset, change: Callable[[Tensor], Tensor] | None = None
     ) -> Seen:
         """What the model makes of images, or of what `change` makes of them, float32 in [0, 1]."""
-        see = self.see
-        if change is not None:
-            see = nn.Sequential(Augmented(lambda images: change(images / 255)), self.see)
-        model = Both(self.encoder, self.head) if self.head and self.columns else self.encoder
-        both = fn.extract_features(nn.Sequential(see, model), images, self.machine)
-        if not self.columns:
-            return Seen(both)
-        width = both.shape[1] - self.columns
-        return Seen(both[:, :width], both[:, width:])
+        head = self.head if self.columns else None
+        model = Look(change or nn.Identity(), self.see, self.encoder, head)
+        found = fn.extract_features(model, images, self.machine)
+        width = found.shape[1] - self.columns - 1
+        h, outputs, sharp = found.split([width, self.columns, 1], dim=1)
+        return Seen(h, outputs if self.columns else None, sharp.squeeze(1))
 
     @property
     def columns(self) -> int:
@@ -299,15 +322,20 @@ class Worth:
     """What one way to be sure is worth; None where it cannot be said.
 
     r_auroc: how well it tells images whose nearest is of the same class; aurc: the probe's mean
-    error on the surest; crops, blur, noise: Spearman with how well an image can be seen; people:
-    Spearman with how much people agree; others: AUROC of the test images against another set.
+    error on the surest, and order what that is worth: 0 in no order, 1 with all errors last; crops,
+    blur, noise: Spearman with how well an image can be seen, of the copies of one image, on
+    average; people: Spearman with how much people agree; others: AUROC of the test images against
+    another set. quantiles: the least, the twentieth, the middle one and so on of the certainties
+    themselves: ways may order well and hardly differ.
     """
 
     r_auroc: float | None
     aurc: float | None
+    order: float | None
     crops: float | None
     blur: float | None
     noise: float | None
+    quantiles: list[float]
     people: float | None = None
     others: dict[str, float | None] = field(default_factory=dict)
 
@@ -373,14 +401,16 @@ def measure_certainty(
     alike = nearest_is_alike(h.test, labels)
     worth, falling = {}, {}
     for name, value in values.items():
-        found = Worth(auroc(value, alike), aurc(value, right), None, None, None)
+        quantiles = value.double().quantile(torch.tensor(QUANTILES).double()).tolist()
+        told = auroc(value, alike), aurc(value, right), order_of_errors(value, right)
+        found = Worth(*told, None, None, None, quantiles)
         if asked.people is not None:
             found.people = spearman(value, -torch.special.entr(asked.people).sum(1))
         if name in asks:
             for kind, (_, levels, sign) in HARDER.items():
                 certainties = torch.stack([asks[name](one) for one in harder[kind]])
-                level = sign * torch.tensor(levels)[:, None].expand_as(certainties)
-                setattr(found, kind, spearman(certainties.flatten(), level.flatten()))
+                seen_well = sign * torch.tensor(levels)
+                setattr(found, kind, mean_spearman(certainties, seen_well))
                 if kind == "crops":
                     falling[name] = mean_ranks(certainties, value)
             for other, one in others.items():

@@ -156,14 +156,14 @@ def tsne_map(h: Tensor, seed: int) -> np.ndarray | None:
 def print_certainty(found: Certainty, held_out: str) -> None:
     """A row for each way: what it is worth."""
     others = list(list(found.worth.values())[-1].others)
-    rows = [["certainty", "nearest alike", "probe's error", "crops", "blur", "noise"]]
+    rows = [["certainty", "nearest alike", "errors last", "crops", "blur", "noise"]]
     people = any(one.people is not None for one in found.worth.values())
     rows[0] += [
         *(["people"] if people else []),
         *(f"against {fn.shown(Path(other).name or other)}" for other in others),
     ]
     for name, one in found.worth.items():
-        cells = [one.r_auroc, one.aurc, one.crops, one.blur, one.noise]
+        cells = [one.r_auroc, one.order, one.crops, one.blur, one.noise]
         cells += [one.people] if people else []
         cells += [one.others.get(other) for other in others]
         rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
@@ -171,9 +171,10 @@ def print_certainty(found: Certainty, held_out: str) -> None:
     fn.print_columns(rows)
     print(
         "  nearest alike: does it tell where the nearest image is of the same class (AUROC);\n"
-        "  probe's error: its mean over how many of the surest are kept (AURC, better the lower);\n"
-        "  crops, blur, noise, people: Spearman with how well an image can be seen, with how much\n"
-        f"  people agree; against: AUROC of {held_out} images against those of another set"
+        "  errors last: do the probe's errors come last (AURC: 0 no order, 1 the best);\n"
+        "  crops, blur, noise: Spearman with how well copies of an image can be seen;\n"
+        "  people: with how much people agree;\n"
+        f"  against: AUROC of {held_out} images against those of another set"
     )
     before, after = map(fn.percent, found.calibration_error)
     print(

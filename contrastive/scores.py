@@ -20,6 +20,22 @@ def spearman(a: Tensor, b: Tensor) -> float | None:
     return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
+def mean_spearman(values: Tensor, by: Tensor) -> float | None:
+    """The mean over columns of Spearman's correlation of values (levels, n) with `by` (levels,).
+
+    So each image is compared with its own copies alone: how sure it is of other images, which
+    differ in more, says nothing. A column that is the same throughout counts 0.
+    """
+    from scipy.stats import rankdata
+
+    if not values.isfinite().all():
+        return None
+    centred = [torch.from_numpy(rankdata(part.numpy(), axis=0)) for part in (values, by[:, None])]
+    ours, theirs = (part - part.mean(0) for part in centred)
+    lengths = ours.norm(dim=0) * theirs.norm(dim=0)
+    return float(((ours * theirs).sum(0) / lengths.clamp_min(1e-12)).mean())
+
+
 def auroc(certainty: Tensor, right: Tensor) -> float | None:
     """How often what is right has more certainty than what is wrong: certainty (N,), right bool
     (N,). 0.5 is chance, below it certainty misleads. None if all are right, or all wrong."""
@@ -48,6 +64,20 @@ def aurc(certainty: Tensor, right: Tensor) -> float | None:
     if not certainty.isfinite().all():
         return None
     return float(1 - kept_accuracy(certainty, right).mean())
+
+
+def order_of_errors(certainty: Tensor, right: Tensor) -> float | None:
+    """What an order of the errors (N,) is worth, whatever their share: 0 if they lie anywhere, 1 if
+    they come last. None where there is nothing to order.
+
+    The area of `aurc` less that of the best order, as in Geifman et al. (2019, arXiv 1805.08206,
+    Section 2), over what no order has more than the best.
+    """
+    found, best = aurc(certainty, right), aurc(right.double(), right)
+    wrong = 1 - float(right.double().mean())
+    if found is None or best is None or wrong in (0.0, 1.0):
+        return None
+    return (wrong - found) / (wrong - best)
 
 
 def nearest_is_alike(h: Tensor, labels: Tensor, block: int = 512) -> Tensor:

@@ -21,6 +21,7 @@ from contrastive.certainty import (
     kth_similarity,
     learn_afterwards,
     measure_certainty,
+    sharpness,
     ways,
 )
 from contrastive.probe import Features
@@ -31,7 +32,9 @@ from contrastive.scores import (
     calibration,
     kept_accuracy,
     mean_ranks,
+    mean_spearman,
     nearest_is_alike,
+    order_of_errors,
     ranks,
     spearman,
 )
@@ -85,6 +88,40 @@ def test_spearman_is_the_correlation_of_ranks():
     assert spearman(a, a**3) == pytest.approx(1)
     assert spearman(a, torch.ones(30)) is None
     assert spearman(a, torch.full((30,), torch.nan)) is None
+
+
+def test_images_are_compared_with_their_own_copies_alone():
+    """What differs more between images than between copies of one says as much."""
+    levels = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    falls = levels[:, None] + 100 * torch.rand(20)
+    assert mean_spearman(falls, levels) == pytest.approx(1)
+    assert mean_spearman(-falls, levels) == pytest.approx(-1)
+    assert mean_spearman(torch.cat([falls, -falls], dim=1), levels) == pytest.approx(0, abs=1e-9)
+    some = torch.randint(0, 3, (4, 30), generator=torch.Generator().manual_seed(0)).double()
+    each = [spearman(column, levels) or 0.0 for column in some.T]  # of the same throughout: none
+    assert mean_spearman(some, levels) == pytest.approx(sum(each) / 30)
+    assert mean_spearman(torch.full((4, 2), torch.nan), levels) is None
+
+
+def test_how_sharp_an_image_is_needs_no_model():
+    stripes = torch.zeros(1, 3, 8, 8)
+    stripes[..., ::2] = 1
+    assert float(sharpness(stripes)) == pytest.approx(0.5)  # 1 across, 0 down
+    assert float(sharpness(stripes.transpose(2, 3))) == pytest.approx(0.5)
+    assert float(sharpness(torch.full((1, 3, 8, 8), 0.7))) == 0
+
+
+def test_errors_are_in_order_or_not_whatever_their_share():
+    """0 where a certainty knows nothing, 1 where all errors come last, below 0 where they come
+    first."""
+    for share in (0.1, 0.5, 0.9):
+        right = torch.arange(1000) >= 1000 * share
+        ordered = torch.arange(1000.0)
+        assert order_of_errors(ordered, right) == pytest.approx(1)
+        assert order_of_errors(-ordered, right) < -0.4
+        assert order_of_errors(torch.ones(1000), right) == pytest.approx(0, abs=1e-9)
+    assert order_of_errors(ordered, torch.ones(1000, dtype=torch.bool)) is None
+    assert order_of_errors(ordered, torch.zeros(1000, dtype=torch.bool)) is None
 
 
 def test_the_nearest_other_image_decides():
@@ -224,9 +261,10 @@ def test_every_way_is_the_larger_the_surer():
         classifier.bias.zero_()
         after.weight.copy_(torch.tensor([[-1.0, 0.0]]))  # expects a small loss of the sure one
     found = ways(Features(bank, labels, bank, labels, ("a", "b")), classifier, after, "nt_xent")
-    assert len(found) == 5
+    assert len(found) == 6
+    seen = Seen(torch.stack([sure, unsure]), sharpness=torch.tensor([0.2, 0.1]))
     for name, way in found.items():
-        value = way(Seen(torch.stack([sure, unsure])))
+        value = way(seen)
         assert value[0] > value[1], name
 
 
@@ -246,11 +284,12 @@ def test_a_way_is_praised_for_falling_where_it_is_harder_to_see():
     )  # fmt: skip
     classifier = nn.Linear(3, 2)
     found = measure_certainty(asked, images, features, classifier, make_config(probe="lbfgs"))
-    worth = found.worth["norm of h"]
-    assert worth.blur > 0.1
-    assert worth.crops > 0.1
-    assert worth.noise < -0.1
-    assert worth.people > 0.9
+    for name in ("norm of h", "sharpness"):  # which needs no encoder
+        worth = found.worth[name]
+        assert worth.blur > 0.9
+        assert worth.crops > 0.2
+        assert worth.noise < -0.4
+        assert worth.people > 0.9
 
 
 def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
@@ -289,7 +328,11 @@ def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
     assert torch.equal(found.right, right)
     best = kept_accuracy(right.double(), right)
     assert knows.aurc == pytest.approx(float(1 - best.mean()))
+    assert (knows.order, abs(blind.order) < 0.5) == (pytest.approx(1), True)
     assert knows.others == {"other": 1.0}
+    scores = found.values["oracle"].double()
+    expected = [float(scores.quantile(q)) for q in (0, 0.05, 0.5, 0.95, 1)]
+    assert knows.quantiles == pytest.approx(expected)
     assert blind.others["other"] == pytest.approx(0.5, abs=0.15)
     assert blind.aurc == pytest.approx(float((~right).double().mean()), abs=0.1)
     for kind in ("crops", "blur", "noise"):
@@ -375,7 +418,7 @@ def test_what_cannot_be_asked_is_said(values, flag):
 
 
 COMMON = {"tenth neighbour", "norm of h", "probe's entropy", "probe's softmax", "learned after"}
-COMMON |= {"agreement of views"}
+COMMON |= {"agreement of views", "sharpness"}
 
 
 def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):

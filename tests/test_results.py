@@ -109,10 +109,12 @@ def test_what_was_measured_on_test_images_has_no_line_among_held_out_ones(tmp_pa
 
 def certain_entry(loss, seed):
     """A run of results/certainty, as its page keeps it."""
-    ways = ["norm of h", "probe's softmax"] + ([] if loss == "nt_xent" else [loss])
-    measures = ("r_auroc", "aurc", "crops", "blur", "noise", "people")
+    ways = ["norm of h", "norm of z", "probe's softmax"] + ([] if loss == "nt_xent" else [loss])
+    measures = ("r_auroc", "aurc", "order", "crops", "blur", "noise", "people")
     worth = dict.fromkeys(measures, 0.5 + 0.1 * seed) | {"others": {"data/b": 0.75}}
-    entry = {"flags": "" if loss == "nt_xent" else f"--loss {loss}", "seed": seed}
+    worth["quantiles"] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    entry = {"flags": "" if loss == "nt_xent" else f"--loss {loss} --temperature 0.1"}
+    entry["seed"] = seed
     entry |= {"linear": 0.6, "knn": 0.5, "macs": 2e14, "seconds": 60}
     entry |= {"processor": "x", "threads": 1, "commit": "abc"}
     return entry | {"certainty": {"ways": {way: dict(worth) for way in ways}}}
@@ -123,11 +125,16 @@ def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
     entries = [certain_entry(loss, seed) for loss in ("nt_xent", "tau") for seed in (1, 0)]
     entries[2]["certainty"]["ways"]["probe's softmax"]["r_auroc"] = 0.9
     entries[0]["certainty"]["ways"]["norm of h"]["people"] = None
-    page = certainty.page(entries)
-    assert "| `tau` | 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** | 0, 1 |" in page
+    page = certainty.page(entries, [certain_entry("tau", 0)])
+    assert "| `--loss tau --temperature 0.1` | 50.0 | 60.0 | 0.500 | 0.060 | abc |" in page
+    accuracies = "| 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** |"
+    assert (
+        f"| `tau` | `--loss tau --temperature 0.1` {accuracies} 0.5 (0.25 to 0.75) | 0, 1 |" in page
+    )
     assert "| **tau** | 0.550 ± 0.071 |" in page
     assert "| probe's softmax | 0.550 ± 0.071 |" in page
     assert "| tau: probe's softmax | 0.700 ± 0.283 |" in page
+    assert "| tau: norm of z | 0.550 ± 0.071 |" in page
     assert "| against b |" in page
     row = next(line for line in page.splitlines() if line.startswith("| norm of h"))
     assert row.endswith("| 0.500 | 0.750 ± 0.000 |")  # one seed was asked about people
@@ -139,7 +146,10 @@ def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
     certainty = module_of(ROOT / "results/certainty/certainty.py")
     other = certain_entry("tau", 0) | {"flags": "--epochs 1 --loss tau"}
     with pytest.raises(SystemExit, match="--epochs 1"):
-        certainty.page([certain_entry("nt_xent", 0), other])
+        certainty.page([certain_entry("nt_xent", 0), other], [])
+    other["flags"] = "--loss tau --temperature 0.05"
+    with pytest.raises(SystemExit, match="take one temperature"):
+        certainty.page([certain_entry("tau", 0), other], [])
 
 
 def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):

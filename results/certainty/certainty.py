@@ -1,12 +1,15 @@
 """Is it right to be sure? What each way is worth, over seeds, at one budget.
 
-    python results/certainty/certainty.py runs/A runs/B   # adds these runs, draws and writes anew
+    python results/certainty/certainty.py search runs/A   # adds runs that choose a temperature
+    python results/certainty/certainty.py runs runs/A runs/B   # adds runs, draws and writes anew
 
-The baseline is configs/cifar10_certainty.yaml; runs differ in --loss and --seed.
+The baseline is configs/cifar10_certainty.yaml; runs differ in --loss, its --temperature, and
+--seed.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -16,18 +19,21 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import functions as fn  # noqa: E402
+from contrastive.arithmetic import T  # noqa: E402
 from contrastive.losses import CERTAIN  # noqa: E402
 from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_certainty.yaml"
+SEARCH = "configs/cifar10_certainty_search.yaml"
 PLAIN = "nt_xent"
-BAR = "probe's softmax"  # of the same encoder: what a learned certainty has to beat
+BARS = ("norm of z", "probe's softmax")  # of the same encoder: what a certainty has to beat
 ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
 
-# What is asked of a way: {its name in results.json: (its name here, what chance has)}.
+# What is asked of a way: {its name in results.json: (its name here, what chance has)}. More is
+# better throughout.
 ASKED = {
     "r_auroc": ("nearest alike", 0.5),
-    "aurc": ("probe's error", None),
+    "order": ("errors last", 0.0),
     "crops": ("crops", 0.0),
     "blur": ("blur", 0.0),
     "noise": ("noise", 0.0),
@@ -40,7 +46,8 @@ Made by `python results/certainty/certainty.py`. Each run is
 
     python simCLR.py --config {CONFIG}
 
-with `--loss` and `--seed`: CIFAR-10 (JPEG copy), two 16-pixel views, the same arithmetic for all.
+with `--loss`, its `--temperature`, and `--seed`: CIFAR-10 (JPEG copy), two 16-pixel views, five
+epochs, the same arithmetic for all.
 Certainties are asked of the 10,000 test images, at 32 pixels; of 2,000 of them cropped, blurred and
 with noise; and of up to 2,000 images of another set. Cells are mean ± standard deviation over the
 seeds; the raw values are in [certainty.json](certainty.json).
@@ -48,32 +55,41 @@ seeds; the raw values are in [certainty.json](certainty.json).
 
 WORDS = """\
 Nearest alike: AUROC with which a certainty tells the test images whose nearest test image is of the
-same class. Probe's error: its mean over how many of the surest are kept (AURC, better the lower).
-Crops, blur, noise, people: Spearman with how well an image can be seen, and with how much people
-agree on it (CIFAR-10H). Against another set: AUROC of the test images against it; .5 is chance, and
-below that the other set is found the surer. First stands what plain SimCLR offers; then, in bold,
-what each loss has learned, and below it what it has to beat: the largest probability of a probe on
-the same encoder."""
+same class. Errors last: do the probe's errors come last in its order; 0 is no order, 1 the best
+there is (from the area under risk over coverage, which stands in the JSON file). Crops, blur,
+noise: Spearman with how well an image can be seen, of copies of the same image, on average. People:
+Spearman with how much they agree on it (CIFAR-10H). Against another set: AUROC of the test images
+against it; .5 is chance, and below that the other set is found the surer.
+
+First stands what needs no encoder, the sharpness of the pixels, and what plain SimCLR offers; then,
+in bold, what each loss has learned, and below it what it has to beat, on the same encoder: the norm
+of its embedding, which no label has seen either, and the largest probability of a probe, which has
+seen all labels (as have entropy and what is learned after)."""
 
 
 def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more are refused."""
+    """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more are refused, and
+    so are two temperatures of one loss."""
     found: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (PLAIN, *CERTAIN)}
     for one in sorted(entries, key=lambda one: one["seed"]):
-        loss = one["flags"].removeprefix("--loss ") or PLAIN
-        if loss not in found:
+        words = one["flags"].split()
+        flags = dict(zip(words[::2], words[1::2], strict=True))
+        loss = flags.get("--loss", PLAIN)
+        if not set(flags) <= {"--loss", "--temperature"}:
             sys.exit(f"a run with {one['flags']}: these pages compare losses alone")
+        if found[loss] and found[loss][0]["flags"] != one["flags"]:
+            sys.exit(f"{found[loss][0]['flags']} and {one['flags']}: take one temperature")
         found[loss].append(one)
     return {loss: some for loss, some in found.items() if some}
 
 
 def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """{way: what it is worth, for each seed}: those of plain SimCLR, then what each other loss has
-    learned, with BAR of the same runs."""
+    learned, with BARS of the same runs."""
     found: dict[str, list[dict[str, Any]]] = {}
     for loss, runs in by_loss(entries).items():
         plain = {way: way for way in runs[0]["certainty"]["ways"]}
-        ways = plain if loss == PLAIN else {loss: loss, f"{loss}: {BAR}": BAR}
+        ways = plain if loss == PLAIN else {loss: loss, **{f"{loss}: {bar}": bar for bar in BARS}}
         for name, way in ways.items():
             found[name] = [run["certainty"]["ways"][way] for run in runs]
     return found
@@ -84,6 +100,14 @@ def known(values: list[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def spread(one: dict[str, Any], loss: str) -> str:
+    """The middle of what a loss has learned, and where nine tenths of it lie, in one run."""
+    if loss == PLAIN:
+        return ""
+    _, low, middle, high, _ = one["certainty"]["ways"][loss]["quantiles"]
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
 def mean(values: list[float]) -> str:
     """Mean ± standard deviation, if there are several."""
     if not values:
@@ -92,18 +116,49 @@ def mean(values: list[float]) -> str:
     return f"{text} ± {statistics.stdev(values):.3f}" if values[1:] else text
 
 
-def page(entries: list[dict[str, Any]]) -> str:
-    """README.md: what it costs in accuracy, and what each way is worth."""
+TEMPERATURE = f"""\
+Each loss has its own: a certainty that scales the logits, or blurs them, is of no use where they
+are already as large as they can be. It is the one whose certainty best tells where the nearest
+image is alike, in short runs (seed 0) measured on held-out training images:
+
+    python simCLR.py --config {SEARCH}
+
+NT-Xent has the temperature of its recipes; `kappa`, which is NT-Xent and a term beside it, has the
+same."""
+
+
+def choice(search: list[dict[str, Any]]) -> str:
+    """What the short runs say of each loss's temperature."""
+    lines = ["| flags | k-NN | linear probe | nearest alike | T | commit |", "|" + " --- |" * 6]
+    for one in sorted(search, key=lambda one: one["flags"]):
+        loss = one["flags"].split()[1]
+        cells = [
+            f"`{one['flags']}`",
+            *(measured.summary([one[name]]) for name in ACCURACIES),
+            f"{one['certainty']['ways'][loss]['r_auroc']:.3f}",
+            f"{one['macs'] / T:.3f}",
+            one["commit"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
+    """README.md: what it costs in accuracy, what each way is worth, and how temperatures were
+    chosen."""
     runs, ways = by_loss(entries), by_way(entries)
-    others = list(entries[0]["certainty"]["ways"][BAR]["others"])
+    others = list(entries[0]["certainty"]["ways"][BARS[0]]["others"])
+    columns = ["loss", "flags", *ACCURACIES.values(), "certainty", "seeds", measured.MADE]
     costs = [
-        f"| loss | {' | '.join(ACCURACIES.values())} | seeds | {measured.MADE} |",
-        "| --- | --- | --- | --- | ---: | ---: | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | --- | --- |",
     ]
     for loss, some in runs.items():
         cells = [
             f"`{loss}`",
+            f"`{some[0]['flags']}`" if some[0]["flags"] else "",
             *(measured.summary([one[name] for one in some]) for name in ACCURACIES),
+            spread(some[0], loss),
             ", ".join(str(one["seed"]) for one in some),
             *measured.made(some),
         ]
@@ -119,8 +174,11 @@ def page(entries: list[dict[str, Any]]) -> str:
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## Does it cost accuracy?", "\n".join(costs)]
+    parts.append("Certainty: its median in seed 0's run, and where nine tenths of the images lie.")
     parts += ["## What is it worth?", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
+    if search:
+        parts += ["## Which temperature?", TEMPERATURE, choice(search)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,21 +192,25 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
             values, color = known([one[key] for one in worths]), f"C{1 if way in CERTAIN else 0}"
             if values:
                 measured.draw_seeds(axis, values, place, color)
-        if chance is not None:
-            axis.axvline(chance, color="0.6", linestyle=":")
+        axis.axvline(chance, color="0.6", linestyle=":")
         axis.set_yticks(range(len(ways)), list(ways) if number == 0 else [])
         axis.set_ylim(len(ways) - 0.5, -0.5)
         axis.margins(x=0.12)
         axis.grid(axis="x", alpha=0.3)
-        better = "less is better" if key == "aurc" else "more is better"
-        axis.set(title=name, xlabel=better)
+        axis.set_title(name)
     fn.save_figure(figure, file)
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
+    kind, *runs = sys.argv[1:] or [""]
+    if kind not in ("search", "runs"):
         sys.exit(__doc__)
-    base, kept = measured.baseline(CONFIG), HERE / "certainty.json"
-    entries = measured.add(sys.argv[1:], base, kept, also=("certainty",), held_out=False)
-    measured.write(page(entries), entries, HERE / "README.md", kept)
-    draw(entries, HERE / "certainty.png")
+    kept, chosen = HERE / "certainty.json", HERE / "search.json"
+    short, long = (runs, []) if kind == "search" else ([], runs)
+    also = ("certainty",)
+    search = measured.add(short, measured.baseline(SEARCH), chosen, also)
+    entries = measured.add(long, measured.baseline(CONFIG), kept, also, held_out=False)
+    chosen.write_text(json.dumps(search, indent=1) + "\n")
+    if entries:
+        measured.write(page(entries, search), entries, HERE / "README.md", kept)
+        draw(entries, HERE / "certainty.png")
