@@ -26,7 +26,7 @@ class Loss(fn.Settings):
     loss: Literal["nt_xent", "latent_class", "tau", "mc_infonce", "kappa"] = "nt_xent"
     """the paper: nt_xent; the others also learn how sure they are of an image"""
     temperature: float = 0.5
-    """tau of the loss"""
+    """tau of the loss; what the losses tau and mc_infonce learn needs a low one, such as 0.05"""
     positives: Literal["each", "mean"] = "each"
     """with more than two views, a view is compared with each other view of its image in turn, or
     with their mean"""
