@@ -325,8 +325,8 @@ class Worth:
     error on the surest, and order what that is worth: 0 in no order, 1 with all errors last; crops,
     blur, noise: Spearman with how well an image can be seen, of the copies of one image, on
     average; people: Spearman with how much people agree; others: AUROC of the test images against
-    another set. quantiles: the least, the twentieth, the middle one and so on of the certainties
-    themselves: ways may order well and hardly differ.
+    another set. quantiles: of the certainties themselves, at QUANTILES: they may order images well
+    and hardly differ.
     """
 
     r_auroc: float | None
@@ -335,7 +335,7 @@ class Worth:
     crops: float | None
     blur: float | None
     noise: float | None
-    quantiles: list[float]
+    quantiles: list[float] | None
     people: float | None = None
     others: dict[str, float | None] = field(default_factory=dict)
 
@@ -401,7 +401,8 @@ def measure_certainty(
     alike = nearest_is_alike(h.test, labels)
     worth, falling = {}, {}
     for name, value in values.items():
-        quantiles = value.double().quantile(torch.tensor(QUANTILES).double()).tolist()
+        at = torch.tensor(QUANTILES, dtype=torch.float64)
+        quantiles = value.double().quantile(at).tolist() if value.isfinite().all() else None
         told = auroc(value, alike), aurc(value, right), order_of_errors(value, right)
         found = Worth(*told, None, None, None, quantiles)
         if asked.people is not None:
