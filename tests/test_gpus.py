@@ -527,7 +527,7 @@ def test_compiling_without_triton_is_refused_before_work_begins(gpu, monkeypatch
     gpu((9, 0))
     monkeypatch.setattr(simCLR, "find_spec", lambda name: None)
     config = simCLR.Config(dataset="digits", compile=True)
-    assert "--compile needs Triton" in user_error(simCLR.EncoderAndHead.validate, config)
+    assert "--compile needs Triton" in user_error(simCLR.Optimisation.validate, config)
 
 
 def test_each_crop_size_and_micro_batch_has_its_graph(tmp_path, monkeypatch):
