@@ -525,6 +525,7 @@ def test_a_file_that_stays_in_use_is_one_line(tmp_path, monkeypatch):
 
 def test_compiling_without_triton_is_refused_before_work_begins(gpu, monkeypatch):
     gpu((9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(simCLR, "find_spec", lambda name: None)
     config = simCLR.Config(dataset="digits", compile=True)
     assert "--compile needs Triton" in user_error(simCLR.Optimisation.validate, config)
