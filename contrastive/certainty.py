@@ -85,8 +85,8 @@ class Seen:
     sharp they are, (N,), to which no model is needed."""
 
     h: Tensor
+    sharpness: Tensor
     outputs: Tensor | None = None
-    sharpness: Tensor | None = None
 
 
 Way = Callable[[Seen], Tensor]  # -> certainties (N,)
@@ -135,7 +135,7 @@ def ways(h: Features, classifier: nn.Linear, after: nn.Module, loss: str) -> dic
         return classifier(seen.h).softmax(1)
 
     found: dict[str, Way] = {
-        "sharpness": sharpness_of,
+        "sharpness": lambda seen: seen.sharpness,
         "norm of h": lambda seen: seen.h.norm(dim=1),
         "tenth neighbour": lambda seen: kth_similarity(seen.h, h.train),
         "probe's entropy": lambda seen: -torch.special.entr(probabilities(seen)).sum(1),
@@ -152,12 +152,6 @@ def norm_of_z(seen: Seen, loss: str) -> Tensor:
     outputs = outputs_of(seen)
     columns = CERTAIN[loss].columns if loss in CERTAIN else 0
     return outputs[:, : outputs.shape[1] - columns].norm(dim=1)
-
-
-def sharpness_of(seen: Seen) -> Tensor:
-    """How sharp images are, (N,), where that was noted."""
-    assert seen.sharpness is not None
-    return seen.sharpness
 
 
 def outputs_of(seen: Seen) -> Tensor:
@@ -289,7 +283,7 @@ class Asked:
         found = fn.extract_features(model, images, self.machine)
         width = found.shape[1] - self.columns - 1
         h, outputs, sharp = found.split([width, self.columns, 1], dim=1)
-        return Seen(h, outputs if self.columns else None, sharp.squeeze(1))
+        return Seen(h, sharp.squeeze(1), outputs if self.columns else None)
 
     @property
     def columns(self) -> int:
@@ -399,9 +393,9 @@ def measure_certainty(
     values = {"agreement of views": asked.agreements(images, seed), **values}
     right = classifier(h.test).argmax(1) == labels
     alike = nearest_is_alike(h.test, labels)
+    at = torch.tensor(QUANTILES, dtype=torch.float64)
     worth, falling = {}, {}
     for name, value in values.items():
-        at = torch.tensor(QUANTILES, dtype=torch.float64)
         quantiles = value.double().quantile(at).tolist() if value.isfinite().all() else None
         told = auroc(value, alike), aurc(value, right), order_of_errors(value, right)
         found = Worth(*told, None, None, None, quantiles)

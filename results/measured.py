@@ -115,6 +115,11 @@ def add(
 def write(page: str, entries: list[dict[str, Any]], file: Path, kept: Path) -> None:
     """Leave a page, and beside it its entries."""
     file.write_text(page)
+    keep(entries, kept)
+
+
+def keep(entries: list[dict[str, Any]], kept: Path) -> None:
+    """Leave the entries, for `add` to find."""
     kept.write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -9,7 +9,6 @@ The baseline is configs/cifar10_certainty.yaml; runs differ in --loss, its --tem
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -210,7 +209,7 @@ if __name__ == "__main__":
     also = ("certainty",)
     search = measured.add(short, measured.baseline(SEARCH), chosen, also)
     entries = measured.add(long, measured.baseline(CONFIG), kept, also, held_out=False)
-    chosen.write_text(json.dumps(search, indent=1) + "\n")
+    measured.keep(search, chosen)
     if entries:
         measured.write(page(entries, search), entries, HERE / "README.md", kept)
         draw(entries, HERE / "certainty.png")
