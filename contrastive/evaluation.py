@@ -443,7 +443,7 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         figures.plot_few_labels(found, len(h.classes), settings.held_out, file)
 
     stages, seed = settings.stages_list, settings.seed
-    points = figures.tsne_map(h.test, seed) if WITH_MAP & set(stages) else None
+    points = figures.tsne_map(h.test, h.held_out, seed) if WITH_MAP & set(stages) else None
     if "tsne" in stages and points is not None:
         title = f"t-SNE of the {settings.held_out} images' representations"
         fn.plot_tsne(points, h.test_labels, h.classes, folder / "tsne.png", title)

@@ -135,16 +135,19 @@ def tsne_points(h: Tensor, seed: int) -> np.ndarray:
 
 
 @fn.drawing
-def tsne_map(h: Tensor, seed: int) -> np.ndarray | None:
-    """`tsne_points` of the test images' h (N, D); None, and says so, for fewer than four.
+def tsne_map(h: Tensor, held_out: str, seed: int) -> np.ndarray | None:
+    """`tsne_points` of the test (or validation) images' h (N, D); None, and says so, for fewer than
+    four.
 
     With fewer, or with features that are all the same, scikit-learn's search ends the process.
     """
     distinct = len(torch.unique(nn.functional.normalize(h, dim=1), dim=0))
     if distinct < 4:
-        print(f"no t-SNE: it needs four different test images or more, and there are {distinct}")
+        print(
+            f"no t-SNE: it needs four different {held_out} images or more, and there are {distinct}"
+        )
         return None
-    print(f"t-SNE of {len(h):,} test images", flush=True)
+    print(f"t-SNE of {len(h):,} {held_out} images", flush=True)
     return tsne_points(h, seed)
 
 

@@ -462,8 +462,17 @@ def test_files_are_named_as_they_lie_in_the_folder(tmp_path, monkeypatch):
 
 def test_a_map_that_cannot_be_made_costs_a_line(capsys):
     """Features that are no numbers: nothing after it is lost."""
-    assert figures.tsne_map(torch.full((9, 3), torch.nan), seed=0) is None
+    assert figures.tsne_map(torch.full((9, 3), torch.nan), "test", seed=0) is None
     assert "tsne_map could not" in capsys.readouterr().err
+
+
+def test_a_map_says_of_which_images_it_is(capsys):
+    """Validation images are not called test images, whether there are enough of them or not."""
+    for count in (3, 9):
+        figures.tsne_map(torch.randn(count, 5), "validation", seed=0)
+    few, enough = capsys.readouterr().out.splitlines()
+    assert "four different validation images" in few
+    assert enough == "t-SNE of 9 validation images"
 
 
 def test_held_out_images_keep_their_names():
