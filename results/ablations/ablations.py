@@ -202,8 +202,8 @@ says what is learned *first*; what wins here need not win after a thousand epoch
 
 Raw values of seeds 0, 1, 2, as far as they have been run, then mean ± standard deviation. Three
 seeds of the baseline are 1.3 points of the linear probe apart and 1.8 of k-NN: less than that says
-nothing where there is one seed. Minutes are those of pretraining in bfloat16, beside other work: no
-measure of speed.
+nothing where there is one seed. In the figures the baseline is orange; a dot is a seed, a line the
+mean. Minutes are those of pretraining in bfloat16, beside other work: no measure of speed.
 
     python simCLR.py --config {CONFIG}
 
