@@ -45,8 +45,10 @@ def print_plan(module: Any, cost: dict[str, Any]) -> None:
     """
     config, n = module.config, module.config.effective_batch_size
     if config.crop_size is not None:
-        crops = [f"{side} pixels until {share:.0%}" for side, share in module.crop_sizes]
-        print("crops of " + ", ".join(crops))
+        *before, (last, _) = module.crop_sizes
+        crops = [f"{side} pixels until {share:.0%} of the steps" for side, share in before]
+        crops.append(f"{last} pixels")
+        print("crops of " + ", then ".join(crops))
 
     batch = str(n)
     if n != config.batch_size:

@@ -11,6 +11,7 @@ import functions as fn
 import simCLR
 from contrastive.arithmetic import T, arithmetic, in_words, macs_of
 from contrastive.muon import orthogonalization_macs
+from contrastive.plan import print_plan
 
 IMAGES = randint(256, 40, 3, 32, 32, dtype=torch.uint8)
 
@@ -122,6 +123,19 @@ def test_the_schedule_of_crops_is_counted_step_by_step():
     assert arithmetic(pretraining)["macs_per_image"] == round(expected)
     seen = [pretraining.side_at(step / 8) for step in range(8)]
     assert seen == sides
+
+
+@pytest.mark.parametrize(
+    ("crop_size", "words"),
+    [
+        (16, "crops of 16 pixels\n"),
+        ("16:0.7,24:1", "crops of 16 pixels until 70% of the steps, then 24 pixels\n"),
+    ],
+)
+def test_the_crops_are_told_before_they_are_made(crop_size, words, capsys):
+    pretraining = module(crop_size=crop_size)
+    print_plan(pretraining, arithmetic(pretraining))
+    assert capsys.readouterr().out.startswith(words)
 
 
 def test_the_textbook_run_is_the_unit():
