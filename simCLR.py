@@ -15,7 +15,7 @@ One step of training, with the paper's letters (Section 2.1, Figure 2):
 Measured (results/digits): with one label per class, a linear probe on h reaches 76.2 ± 4.8 %, on
 raw pixels 53.7 ± 6.2 %.
 
-What can be set stands beside what it sets: Views, EncoderAndHead, Optimisation, and in contrastive/
+What can be set stands beside what it sets: Views, Encoder, Head, Optimisation, and in contrastive/
 Loss (losses.py) and EvaluationSettings (evaluation.py). Config, at the end, is all of them.
 """
 
@@ -137,10 +137,10 @@ def random_views(images: Tensor, t: Views, size: int | None = None, count: int =
 
 
 @dataclass
-class EncoderAndHead(fn.Settings):
-    """f(.), which is kept, and g(.), which pretraining alone needs."""
+class Encoder(fn.Settings):
+    """f(.), which is kept."""
 
-    title: ClassVar[str] = "encoder and head"
+    title: ClassVar[str] = "encoder"
 
     encoder: EncoderName = "resnet18"
     """f(.), the base encoder (the paper: resnet50); compact is a network of seven convolutions for
@@ -156,9 +156,28 @@ class EncoderAndHead(fn.Settings):
     zero_init: bool = False
     """let each block of a ResNet begin as the identity, as in the paper's own code: its last
     normalisation scales by 0"""
+    width: float = 1.0
+    """times as many channels in every layer (the paper's Figure 7: 2 and 4); its square in
+    arithmetic"""
     feature_dim: int | None = None
     """length of h: a 1x1 convolution widens the last map to it before the average (unless given,
     as wide as the encoder ends: the paper)"""
+    whiten: bool = False
+    """start the first layer from the whitened principal components of the images' patches"""
+
+    def validate(self) -> None:
+        super().validate()
+        check_encoder(self.encoder, self.stem, self.zero_init)
+        self.require("feature_dim", fn.at_least(1))
+        check(1 / 8 <= self.width <= 8, f"--width must be from 0.125 to 8, got {self.width:g}")
+
+
+@dataclass
+class Head(fn.Settings):
+    """g(.), which pretraining alone needs."""
+
+    title: ClassVar[str] = "projection head"
+
     head_layers: int = 2
     """linear layers of g(.): 2 as in the paper, 1 is a linear head, 0 compares h itself"""
     hidden_dim: int = 512
@@ -169,13 +188,10 @@ class EncoderAndHead(fn.Settings):
     """normalisation of the head's hidden layers (as --norm unless given)"""
     head_dropout: float = 0.0
     """share of the head's hidden units dropped in each step"""
-    whiten: bool = False
-    """start the first layer from the whitened principal components of the images' patches"""
 
     def validate(self) -> None:
         super().validate()
-        check_encoder(self.encoder, self.stem, self.zero_init)
-        self.require("feature_dim hidden_dim embedding_dim", fn.at_least(1))
+        self.require("hidden_dim embedding_dim", fn.at_least(1))
         self.require("head_layers", fn.NOT_NEGATIVE)
         self.require("head_dropout", fn.BELOW_1)
 
@@ -186,6 +202,7 @@ def build_encoder(
     norm: str = "batch",
     activation: str = "relu",
     zero_init: bool = False,
+    width: float = 1,
     feature_dim: int | None = None,
 ) -> tuple[nn.Module, int]:
     """(encoder, feature_dim): a ResNet without its classifier, or a `CompactNet`.
@@ -194,7 +211,8 @@ def build_encoder(
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
     GroupNorm (Wu & He 2018, arXiv 1803.08494). activation: what stands where ResNets have ReLU; the
     parameters are the same. zero_init: residual blocks begin as the identity (Goyal et al. 2017,
-    arXiv 1706.02677, Section 5.1). feature_dim: another length of h (`widen`). Raises UserError for
+    arXiv 1706.02677, Section 5.1). width: so many times as many channels; bigger models benefit
+    more (Section 4.1, Figure 7). feature_dim: another length of h (`widen`). Raises UserError for
     an unknown name.
     """
     check_encoder(name, stem, zero_init)
@@ -203,37 +221,17 @@ def build_encoder(
     check(activation in ACTIVATIONS, f"--activation {activation} is unknown; choose from {kinds}")
 
     if name == "compact":
-        encoder: nn.Module = CompactNet(NORMS[norm], ACTIVATIONS[activation])
-        width = CompactNet.width
+        compact = CompactNet(NORMS[norm], ACTIVATIONS[activation], width)
+        encoder: nn.Module = compact
+        dim = compact.feature_dim
     else:
-        encoder, width = build_resnet(name, stem, norm, activation, zero_init)
+        from contrastive.resnets import build_resnet
+
+        encoder, dim = build_resnet(name, stem, norm, activation, zero_init, width)
     if feature_dim is not None:
-        widen(encoder, width, feature_dim, NORMS[norm], ACTIVATIONS[activation])
+        widen(encoder, dim, feature_dim, NORMS[norm], ACTIVATIONS[activation])
     use_small_maps(encoder)
-    return encoder.to(memory_format=layout("cpu")), feature_dim or width
-
-
-def build_resnet(
-    name: str, stem: str, norm: str, activation: str, zero_init: bool
-) -> tuple[nn.Module, int]:
-    """(torchvision's ResNet without its classifier, feature_dim), for `build_encoder`."""
-    from torchvision import models
-
-    encoder: Any = models.get_model(
-        name, weights=None, norm_layer=NORMS[norm], zero_init_residual=zero_init
-    )
-    feature_dim = encoder.fc.in_features
-    encoder.fc = nn.Identity()
-    if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        # As torchvision initialises its others.
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-        encoder.maxpool = nn.Identity()
-
-    if activation != "relu":
-        for block in [m for m in encoder.modules() if hasattr(m, "relu")]:
-            block.relu = ACTIVATIONS[activation]()
-    return encoder, feature_dim
+    return encoder.to(memory_format=layout("cpu")), feature_dim or dim
 
 
 def build_head(
@@ -407,7 +405,7 @@ def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> floa
 
 
 @dataclass
-class Config(EvaluationSettings, Optimisation, Loss, Views, EncoderAndHead, fn.RunConfig):
+class Config(EvaluationSettings, Optimisation, Loss, Views, Head, Encoder, fn.RunConfig):
     """SimCLR's settings: the paper's method; where it has other numbers, --help says which.
 
     RunConfig stands last so that a config.yaml begins with the data set.
@@ -590,7 +588,7 @@ def build_model(config: Config) -> SimCLRModel:
     torch.manual_seed(config.seed)
     encoder, feature_dim = build_encoder(
         *(config.encoder, config.stem, config.norm, config.activation),
-        *(config.zero_init, config.feature_dim),
+        *(config.zero_init, config.width, config.feature_dim),
     )
     return SimCLRModel(
         encoder.to(memory_format=layout(config.machine.device)),

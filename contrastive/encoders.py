@@ -18,9 +18,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+NORMS: dict[str, Any] = {"batch": nn.BatchNorm2d, "group": group_norm}
 EncoderName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "compact"]
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
+
+
+def widened(channels: int, width: float) -> int:
+    """`width` times as many channels, to the nearest multiple of eight, which processors like."""
+    return channels if width == 1 else max(8, 8 * round(channels * width / 8))
 
 
 def head_norm(kind: str, width: int) -> list[nn.Module]:
@@ -31,7 +36,8 @@ def head_norm(kind: str, width: int) -> list[nn.Module]:
 
 
 class CompactNet(nn.Module):
-    """Images (B, 3, H, W) -> h (B, 512): seven convolutions for small images.
+    """Images (B, 3, H, W) -> h (B, feature_dim), of 512 numbers: seven convolutions for small
+    images.
 
     ResNet-18 with the CIFAR stem has five convolutions at the images' full size and four at each
     smaller one. Here there are two at each, and one at the smallest: a forward pass of a 32-pixel
@@ -41,19 +47,21 @@ class CompactNet(nn.Module):
     The shape is that of networks with which people race to 94 % on CIFAR-10 with labels:
     T. Balsam's hlb-CIFAR10 (2023), after D. Page's ResNet-9 (2018). Here the first layer learns,
     too, the last map is averaged, and the weights begin as PyTorch has them. norm: channels -> its
-    layer; activation: the class of the nonlinearity.
+    layer; activation: the class of the nonlinearity; width: so many times as many channels.
     """
 
-    width = 512
-
-    def __init__(self, norm: Any = nn.BatchNorm2d, activation: Any = nn.ReLU) -> None:
+    def __init__(
+        self, norm: Any = nn.BatchNorm2d, activation: Any = nn.ReLU, width: float = 1
+    ) -> None:
         super().__init__()
-        self.conv1 = conv3x3(3, 32)
-        self.norm1 = norm(32)
+        first, second, third, last = (widened(n, width) for n in (32, 64, 256, 512))
+        self.feature_dim = last
+        self.conv1 = conv3x3(3, first)
+        self.norm1 = norm(first)
         self.activation = activation()
-        self.block1 = CompactBlock(32, 64, norm, activation)
-        self.block2 = CompactBlock(64, 256, norm, activation)
-        self.block3 = CompactBlock(256, self.width, norm, activation)
+        self.block1 = CompactBlock(first, second, norm, activation)
+        self.block2 = CompactBlock(second, third, norm, activation)
+        self.block3 = CompactBlock(third, last, norm, activation)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from functions import UserError, check
 
 ConfigT = TypeVar("ConfigT", bound=fn.RunConfig)
 
-ARCHITECTURE = ("encoder", "stem", "norm", "activation", "zero_init", "feature_dim")
+ARCHITECTURE = ("encoder", "stem", "norm", "activation", "zero_init", "width", "feature_dim")
 VIEWS = (
     *("crop_size", "crop_scale", "crop_scale_max", "flip"),
     *("jitter_strength", "jitter", "grayscale", "blur"),

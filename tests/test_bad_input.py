@@ -186,6 +186,7 @@ BAD = [
     (SIMCLR, [*DIGITS, "--positives", "all"], "--positives", "mean"),
     (SIMCLR, [*DIGITS, "--activation", "swish"], "--activation", "gelu"),
     (SIMCLR, [*DIGITS, "--feature_dim", "0"], "--feature_dim", "at least 1"),
+    (SIMCLR, [*DIGITS, "--width", "0"], "--width", "from 0.125 to 8"),
     (SIMCLR, [*DIGITS, "--head_layers", "-1"], "--head_layers", "0 or more"),
     (SIMCLR, [*DIGITS, "--head_dropout", "1"], "--head_dropout", "below 1"),
     (SIMCLR, [*DIGITS, "--crop_scale_max", "0.01"], "--crop_scale 0.08", "--crop_scale_max 0.01"),

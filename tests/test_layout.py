@@ -46,6 +46,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/figures.py": {"few_labels", "certainty", "scores"},
     "contrastive/caching.py": set(),
     "contrastive/encoders.py": set(),
+    "contrastive/resnets.py": {"encoders"},
     "contrastive/losses.py": set(),
     "contrastive/lars.py": set(),
     "contrastive/memory.py": set(),

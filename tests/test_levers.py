@@ -22,6 +22,7 @@ from contrastive.arithmetic import macs_of
 from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, widen
 from contrastive.lars import LARS
 from contrastive.muon import ITERATIONS, Muon, orthogonalization_macs, orthogonalized
+from contrastive.resnets import build_resnet
 
 # ------------------------------------------------------------------------------------------------
 # Encoders and heads
@@ -102,6 +103,51 @@ def test_the_compact_encoder_is_seven_convolutions(side, activation, seeded):
     by_hand = compact_by_hand(x, encoder.state_dict(), getattr(nn.functional, activation))
     assert dim == 512
     torch.testing.assert_close(encoder.eval()(x), by_hand, atol=1e-4, rtol=1e-4)
+
+
+def channels_of(encoder):
+    """(inputs, outputs) of each convolution, and the channels of each normalisation."""
+    found = {}
+    for name, part in encoder.named_modules():
+        if isinstance(part, nn.Conv2d):
+            found[name] = part.in_channels, part.out_channels
+        elif isinstance(part, nn.BatchNorm2d):
+            found[name] = (part.num_features,)
+    return found
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "compact"])
+@pytest.mark.parametrize("width", [0.5, 2])
+def test_a_width_multiplies_the_channels_of_every_layer(name, stem, width):
+    """As in the paper's 2x and 4x ResNets, the stem's, too: all but the three colours."""
+    if name == "compact":
+        stem = "cifar"
+    narrow, dim = simCLR.build_encoder(name, stem)
+    encoder, wide = simCLR.build_encoder(name, stem, width=width)
+    assert wide == width * dim
+    # A block that kept its width needs no convolution beside it, and neither does a wider one.
+    assert channels_of(encoder) == {
+        part: tuple(n if n == 3 else width * n for n in channels)
+        for part, channels in channels_of(narrow).items()
+    }
+    assert encoder.eval()(torch.rand(2, 3, 16, 16)).shape == (2, wide)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(1, 32), (1.3, 40), (0.125, 8), (0.3, 8)])
+def test_channels_are_a_multiple_of_eight(width, channels):
+    encoder, _ = simCLR.build_encoder("compact", width=width)
+    assert encoder.conv1.out_channels == channels
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_a_wide_resnets_first_layer_begins_as_torchvision_begins_the_others(stem, seeded):
+    """Normal, with variance 2 / (outputs x k x k): fan out, for ReLU."""
+    encoder, _ = simCLR.build_encoder("resnet18", stem, width=4)
+    weight = encoder.conv1.weight
+    k = weight.shape[-1]
+    assert weight.std().item() == pytest.approx((2 / (256 * k * k)) ** 0.5, rel=0.05)
+    assert weight.mean().abs() < 0.05 * weight.std()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -492,7 +538,7 @@ def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, ru
     [
         {"stem": "imagenet", "activation": "gelu"},
         {"encoder": "compact", "whiten": "true"},
-        {"encoder": "compact", "feature_dim": 96},
+        {"encoder": "compact", "width": 0.5, "feature_dim": 96},
     ],
     ids=lambda architecture: "-".join(map(str, architecture.values())),
 )
@@ -518,10 +564,13 @@ def torchvisions(config):
     """The same encoder, made by its own constructor, as the README and docs/levers.md say."""
     if config.encoder == "compact":
         norm, activation = NORMS[config.norm], ACTIVATIONS[config.activation]
-        encoder = CompactNet(norm, activation)
+        encoder = CompactNet(norm, activation, config.width)
         if config.feature_dim:
-            widen(encoder, CompactNet.width, config.feature_dim, norm, activation)
+            widen(encoder, encoder.feature_dim, config.feature_dim, norm, activation)
         return encoder
+    if config.width != 1:
+        stem, norm, activation = config.stem, config.norm, config.activation
+        return build_resnet(config.encoder, stem, norm, activation, width=config.width)[0]
     group = {"norm_layer": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
     encoder = getattr(models, config.encoder)(**(group if config.norm == "group" else {}))
     if config.stem == "cifar":
@@ -546,6 +595,8 @@ def torchvisions(config):
         {"encoder": "compact", "stem": "cifar", "norm": "group", "activation": "gelu"},
         {"encoder": "compact", "stem": "cifar", "micro_batch_size": 8, "crop_size": "4:0.5,8:1"},
         {"encoder": "compact", "stem": "cifar", "feature_dim": 48, "activation": "silu"},
+        {"encoder": "compact", "stem": "cifar", "width": 0.5, "feature_dim": 48},
+        {"encoder": "resnet18", "width": 0.25, "norm": "group"},
         pytest.param({"encoder": "resnet50", "stem": "cifar"}, marks=pytest.mark.slow),
         pytest.param({"encoder": "resnet50", "norm": "group"}, marks=pytest.mark.slow),
         pytest.param({"encoder": "resnet101", "activation": "gelu"}, marks=pytest.mark.slow),
@@ -560,7 +611,8 @@ def test_an_encoder_is_trained_exported_and_loaded_elsewhere(changes, tmp_path):
     images = fn.load_dataset("digits").train_images[:32]
     data = fn.ImageDataset("digits", images, None, None, None, ())
     architecture = config.encoder, config.stem, config.norm, config.activation
-    encoder, dim = simCLR.build_encoder(*architecture, feature_dim=config.feature_dim)
+    widths = {"width": config.width, "feature_dim": config.feature_dim}
+    encoder, dim = simCLR.build_encoder(*architecture, **widths)
     norm = config.head_norm or config.norm
     head = config.hidden_dim, config.embedding_dim, norm, config.head_layers, config.head_dropout
     model = simCLR.SimCLRModel(encoder, dim, *head)
