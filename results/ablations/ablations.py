@@ -95,8 +95,8 @@ QUESTIONS = [
     Question(
         "augmentation",
         "What does each augmentation bring?",
-        "Crops bring most. Without them two views differ in colour and as mirror images alone; when "
-        "half of the training is over all partners of the last batch are found, and there is "
+        "Crops bring most. Without them two views differ in colour and as mirror images alone; "
+        "when half of the training is over all partners of the last batch are found, and there is "
         "nothing left to learn from: 17 points of the linear probe are gone (one seed; in the "
         "paper, too, crops are the best single one: Section 3.1, Figure 5).",
         {
