@@ -23,25 +23,35 @@ import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
-KINDS = {  # (encoder, optimizer): what it is called, its colour, where a point has its words
-    ("resnet18", "sgd"): ("ResNet-18", "C1", (0, -16)),
-    ("compact", "sgd"): ("compact encoder", "C0", (0, -16)),
-    ("compact", "muon"): ("compact encoder, Muon", "C2", (0, 9)),
+# Where a point has its words.
+ABOVE = {"xytext": (0, 9), "ha": "right"}
+BELOW = {"xytext": (0, -16), "ha": "right"}
+UNDER = {"xytext": (0, -16), "ha": "center"}
+BESIDE = {"xytext": (8, 0), "ha": "left", "va": "center"}
+KINDS = {  # (encoder, optimizer, length of h if widened): what it is called, its colour, and where
+    # its points and the last one have their words
+    ("resnet18", "sgd", None): ("ResNet-18", "C1", BELOW, BESIDE),
+    ("compact", "sgd", None): ("compact encoder", "C0", BELOW, UNDER),
+    ("compact", "muon", None): ("compact encoder, Muon", "C2", ABOVE, BESIDE),
+    ("compact", "muon", 2048): ("the same, h of 2,048 numbers", "C3", ABOVE, BESIDE),
 }
+Kind = tuple[str, str, int | None]
 
 
-def ours() -> dict[tuple[str, str], list[tuple[float, float, int]]]:
+def ours() -> dict[Kind, list[tuple[float, float, int]]]:
     """For each kind, its recipes' (T, mean linear accuracy in percent, number of seeds)."""
     found = defaultdict(list)
     for file in HERE.glob("cifar10-*/results.json"):
         results = json.loads(file.read_text())
         config = fn.load_config(simCLR.Config, file.parent / "config.yaml")
         name, _, _ = file.parent.name.partition("-seed")
-        recipe = config.encoder, config.optimizer, name, results["pretrain"]["macs"] / T
-        found[recipe].append(100 * results["probe"]["test_accuracy"])
-    points = defaultdict(list)
-    for (encoder, optimizer, _, t), reached in sorted(found.items(), key=lambda one: one[0][-1]):
-        points[encoder, optimizer].append((t, statistics.mean(reached), len(reached)))
+        kind = config.encoder, config.optimizer, config.feature_dim
+        found[results["pretrain"]["macs"] / T, name, kind].append(
+            100 * results["probe"]["test_accuracy"]
+        )
+    points: dict[Kind, list[tuple[float, float, int]]] = defaultdict(list)
+    for (t, _, kind), reached in sorted(found.items(), key=lambda one: one[0][0]):
+        points[kind].append((t, statistics.mean(reached), len(reached)))
     return dict(points)
 
 
@@ -60,14 +70,16 @@ def draw(file: Path) -> None:
     style = {"textcoords": "offset points", "fontsize": "small"}
     for (t, length), reached in lengths.items():
         axis.annotate(length, (t, reached), (8, 0), color="0.5", va="center", **style)
-    for kind, points in ours().items():
-        name, color, away = KINDS[kind]
+    measured = ours()
+    for kind in sorted(measured, key=list(KINDS).index):
+        name, color, before, last = KINDS[kind]
+        points = measured[kind]
         t, linear = [point[0] for point in points], [point[1] for point in points]
         axis.plot(t, linear, "o-", color=color, label=f"SimCLR, here: {name}")
         for *point, n in points:
             words = f"{point[1]:.1f}" + (f" ({n} seeds)" if n > 1 else "")
-            side = "center" if len(points) == 1 else "left" if point[0] == t[-1] else "right"
-            axis.annotate(words, point, away, color=color, ha=side, **style)
+            place = last if point[0] == t[-1] else before
+            axis.annotate(words, point, color=color, **place, **style)
     axis.set_xscale("log")
     axis.set_xlim(0.04, 130)
     ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
