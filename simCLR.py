@@ -157,8 +157,8 @@ class Encoder(fn.Settings):
     """let each block of a ResNet begin as the identity, as in the paper's own code: its last
     normalisation scales by 0"""
     width: float = 1.0
-    """times as many channels in every layer (the paper's Figure 7: 2 and 4); its square in
-    arithmetic"""
+    """multiplies the channels of every layer, to multiples of eight (the paper's Figure 7: 2 and
+    4); arithmetic grows with about its square"""
     feature_dim: int | None = None
     """length of h: a 1x1 convolution widens the last map to it before the average (unless given,
     as wide as the encoder ends: the paper)"""
@@ -211,7 +211,7 @@ def build_encoder(
     and the max-pool by a 3x3 stride-1 convolution (Appendix B.9). norm: batch, or group for
     GroupNorm (Wu & He 2018, arXiv 1803.08494). activation: what stands where ResNets have ReLU; the
     parameters are the same. zero_init: residual blocks begin as the identity (Goyal et al. 2017,
-    arXiv 1706.02677, Section 5.1). width: so many times as many channels; bigger models benefit
+    arXiv 1706.02677, Section 5.1). width: a factor on all channels; bigger models benefit
     more (Section 4.1, Figure 7). feature_dim: another length of h (`widen`). Raises UserError for
     an unknown name.
     """

@@ -36,8 +36,7 @@ def head_norm(kind: str, width: int) -> list[nn.Module]:
 
 
 class CompactNet(nn.Module):
-    """Images (B, 3, H, W) -> h (B, feature_dim), of 512 numbers: seven convolutions for small
-    images.
+    """Images (B, 3, H, W) -> h (B, 512): seven convolutions for small images.
 
     ResNet-18 with the CIFAR stem has five convolutions at the images' full size and four at each
     smaller one. Here there are two at each, and one at the smallest: a forward pass of a 32-pixel
@@ -47,7 +46,8 @@ class CompactNet(nn.Module):
     The shape is that of networks with which people race to 94 % on CIFAR-10 with labels:
     T. Balsam's hlb-CIFAR10 (2023), after D. Page's ResNet-9 (2018). Here the first layer learns,
     too, the last map is averaged, and the weights begin as PyTorch has them. norm: channels -> its
-    layer; activation: the class of the nonlinearity; width: so many times as many channels.
+    layer; activation: the class of the nonlinearity; width: a factor on all channels,
+    which is 1 in what is said here.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CompactNet(nn.Module):
     ) -> None:
         super().__init__()
         first, second, third, last = (widened(n, width) for n in (32, 64, 256, 512))
-        self.feature_dim = last
+        self.feature_dim = last  # the length of h
         self.conv1 = conv3x3(3, first)
         self.norm1 = norm(first)
         self.activation = activation()
@@ -107,6 +107,7 @@ def widen(encoder: Any, inputs: int, outputs: int, norm: Any, activation: Any) -
     """
     wide = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
     encoder.avgpool = nn.Sequential(wide, norm(outputs), activation(), encoder.avgpool)
+    encoder.feature_dim = outputs
 
 
 def layout(device: str) -> torch.memory_format:

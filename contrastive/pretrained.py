@@ -122,7 +122,7 @@ def load_encoder(encoder: nn.Module, file: Path) -> None:
 
     Read as data, never as code. Raises UserError.
     """
-    remedy = "give the --encoder, --stem and --norm it was trained with"
+    remedy = "give the --encoder, --stem, --norm, --width and --feature_dim it was trained with"
     load_part(encoder, file, "model.encoder.", f"is of another encoder: {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""torchvision's ResNets as encoders: any width, a stem for small images, other nonlinearities."""
+"""torchvision's ResNets as encoders: wider ones, a stem for small images, other nonlinearities."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_resnet(
 ) -> tuple[nn.Module, int]:
     """(encoder, feature_dim) for `build_encoder`: a ResNet without its classifier.
 
-    Images (B, 3, H, W) -> h (B, feature_dim). In width 1 it is torchvision's; 2 and 4 are the 2x
+    Images (B, 3, H, W) -> h (B, feature_dim). At width 1 it is torchvision's; 2 and 4 are the 2x
     and 4x of the paper (Figure 7).
     """
     block, layers = BLOCKS[name]

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -23,19 +24,21 @@ import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
 METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
+Kind = tuple[str, str, float, int | None]
+Words = dict[str, Any]
 # Where a point has its words.
-ABOVE = {"xytext": (0, 9), "ha": "right"}
-BELOW = {"xytext": (0, -16), "ha": "right"}
-UNDER = {"xytext": (0, -16), "ha": "center"}
-BESIDE = {"xytext": (8, 0), "ha": "left", "va": "center"}
-KINDS = {  # (encoder, optimizer, length of h if widened): what it is called, its colour, and where
-    # its points and the last one have their words
-    ("resnet18", "sgd", None): ("ResNet-18", "C1", BELOW, BESIDE),
-    ("compact", "sgd", None): ("compact encoder", "C0", BELOW, UNDER),
-    ("compact", "muon", None): ("compact encoder, Muon", "C2", ABOVE, BESIDE),
-    ("compact", "muon", 2048): ("the same, h of 2,048 numbers", "C3", ABOVE, BESIDE),
+ABOVE: Words = {"xytext": (0, 9), "ha": "right"}
+BELOW: Words = {"xytext": (0, -16), "ha": "right"}
+UNDER: Words = {"xytext": (0, -16), "ha": "center"}
+BESIDE: Words = {"xytext": (8, 0), "ha": "left", "va": "center"}
+# (encoder, optimizer, width, length of h if widened): what it is called, its colour, and where its
+# points and the last one have their words.
+KINDS: dict[Kind, tuple[str, str, Words, Words]] = {
+    ("resnet18", "sgd", 1, None): ("ResNet-18", "C1", BELOW, BESIDE),
+    ("compact", "sgd", 1, None): ("compact encoder", "C0", BELOW, UNDER),
+    ("compact", "muon", 1, None): ("compact encoder, Muon", "C2", ABOVE, BESIDE),
+    ("compact", "muon", 1, 2048): ("compact encoder, Muon, h of 2,048", "C3", ABOVE, BESIDE),
 }
-Kind = tuple[str, str, int | None]
 
 
 def ours() -> dict[Kind, list[tuple[float, float, int]]]:
@@ -45,7 +48,7 @@ def ours() -> dict[Kind, list[tuple[float, float, int]]]:
         results = json.loads(file.read_text())
         config = fn.load_config(simCLR.Config, file.parent / "config.yaml")
         name, _, _ = file.parent.name.partition("-seed")
-        kind = config.encoder, config.optimizer, config.feature_dim
+        kind = config.encoder, config.optimizer, config.width, config.feature_dim
         found[results["pretrain"]["macs"] / T, name, kind].append(
             100 * results["probe"]["test_accuracy"]
         )

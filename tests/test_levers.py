@@ -22,7 +22,6 @@ from contrastive.arithmetic import macs_of
 from contrastive.encoders import ACTIVATIONS, NORMS, CompactNet, widen
 from contrastive.lars import LARS
 from contrastive.muon import ITERATIONS, Muon, orthogonalization_macs, orthogonalized
-from contrastive.resnets import build_resnet
 
 # ------------------------------------------------------------------------------------------------
 # Encoders and heads
@@ -116,13 +115,14 @@ def channels_of(encoder):
     return found
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "compact"])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [(name, stem) for name in ("resnet18", "resnet50") for stem in ("cifar", "imagenet")]
+    + [("compact", "cifar")],
+)
 @pytest.mark.parametrize("width", [0.5, 2])
 def test_a_width_multiplies_the_channels_of_every_layer(name, stem, width):
     """As in the paper's 2x and 4x ResNets, the stem's, too: all but the three colours."""
-    if name == "compact":
-        stem = "cifar"
     narrow, dim = simCLR.build_encoder(name, stem)
     encoder, wide = simCLR.build_encoder(name, stem, width=width)
     assert wide == width * dim
@@ -560,6 +560,20 @@ def test_an_encoder_is_measured_as_what_it_was_trained_as(architecture, run_here
     assert first == again
 
 
+def scale_channels(encoder, times):
+    """Replace each convolution and GroupNorm by one of so many times the channels (not colours)."""
+    for parent in list(encoder.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.Conv2d):
+                inputs = 3 if part.in_channels == 3 else int(times * part.in_channels)
+                outputs, where = int(times * part.out_channels), (part.stride, part.padding)
+                wide = nn.Conv2d(inputs, outputs, part.kernel_size, *where, bias=False)
+                setattr(parent, name, wide)
+            elif isinstance(part, nn.GroupNorm):
+                channels = int(times * part.num_channels)
+                setattr(parent, name, NORMS["group"](channels))
+
+
 def torchvisions(config):
     """The same encoder, made by its own constructor, as the README and docs/levers.md say."""
     if config.encoder == "compact":
@@ -568,15 +582,14 @@ def torchvisions(config):
         if config.feature_dim:
             widen(encoder, encoder.feature_dim, config.feature_dim, norm, activation)
         return encoder
-    if config.width != 1:
-        stem, norm, activation = config.stem, config.norm, config.activation
-        return build_resnet(config.encoder, stem, norm, activation, width=config.width)[0]
     group = {"norm_layer": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
     encoder = getattr(models, config.encoder)(**(group if config.norm == "group" else {}))
     if config.stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         encoder.maxpool = nn.Identity()
     encoder.fc = nn.Identity()
+    if config.width != 1:
+        scale_channels(encoder, config.width)
     kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
     for block in encoder.modules():
         if hasattr(block, "relu"):
