@@ -295,7 +295,7 @@ BAD = [
         for file in ("text.pt", "nothing.pt", "code.pt", "list.pt")
     ],
     *[
-        (SIMCLR, [*KNN, file], file, "--encoder, --stem and --norm")
+        (SIMCLR, [*KNN, file], file, "--encoder, --stem, --norm, --width and --feature_dim")
         for file in ("imagenet.pt", "rnn.ckpt")
     ],
     (SIMCLR, [*DIGITS, "--output_dir", "full"], "--output_dir full", "take a new folder"),

@@ -338,7 +338,7 @@ def test_the_other_stem_is_refused(tmp_path):
     torch.save(saved.state_dict(), tmp_path / "encoder.pt")
 
     encoder, _ = simCLR.build_encoder("resnet18", "cifar")
-    with pytest.raises(fn.UserError, match="--encoder, --stem and --norm"):
+    with pytest.raises(fn.UserError, match="--encoder, --stem, --norm, --width and --feature_dim"):
         load_encoder(encoder, tmp_path / "encoder.pt")
 
 
