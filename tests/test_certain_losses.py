@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_config, randn, user_error
+from helpers import NARROW, make_config, randn, user_error
 
 import functions as fn
 import simCLR
@@ -326,7 +326,7 @@ def test_what_it_cannot_do_is_said(loss, values, flag):
 
 @pytest.mark.parametrize("loss", CERTAIN)
 def test_it_trains_is_measured_and_resumes_to_the_bit(loss, image_folder, run_here, tmp_path):
-    flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 2]
+    flags = ["--dataset", image_folder, "--image_size", 8, *NARROW, "--epochs", 2]
     flags += ["--batch_size", 32, "--accelerator", "cpu", "--precision", "fp32", "--loss", loss]
     flags += ["--embedding_dim", 16, "--stages", "pretrain", "--checkpoint_every", 0, "--flip", 0]
     whole = run_here("simCLR.py", *flags, "--output_dir", "whole", cwd=tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_config, randint, randn, user_error
+from helpers import NARROW, make_config, randint, randn, user_error
 from PIL import Image
 from torch import nn
 
@@ -426,7 +426,7 @@ def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     np.save(tmp_path / "people.npy", np.full((24, 3), 1 / 3) + np.eye(3)[np.arange(24) // 8])
     flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
     flags += ["--knn_k", 5, "--other_sets", "noise", "--human_labels", "people.npy"]
-    train = ["--stem", "imagenet", "--batch_size", 32, "--epochs", 1, "--loss", "tau"]
+    train = [*NARROW, "--batch_size", 32, "--epochs", 1, "--loss", "tau"]
     train += ["--crop_scale", 0.7, "--jitter_strength", 1.0, "--flip", 0, "--recalibrate"]
     stages = ["--stages", "pretrain,certainty", "--output_dir", "out"]
     done = run_here("simCLR.py", *flags, *train, *stages, cwd=tmp_path)
@@ -528,7 +528,7 @@ def test_validation_leaves_the_test_images_of_classes_left_out_alone(tmp_path):
 def test_end_to_end_without_a_class(image_folder, run_here, tmp_path):
     """A class that nothing has seen, asked beside the others."""
     flags = ["--dataset", image_folder, "--image_size", 8, "--probe", "lbfgs", "--no-baselines"]
-    flags += ["--other_sets", "noise", "--stem", "imagenet", "--batch_size", 32, "--epochs", 1]
+    flags += ["--other_sets", "noise", *NARROW, "--batch_size", 32, "--epochs", 1]
     flags += ["--stages", "pretrain,knn,certainty", "--knn_k", 5, "--output_dir", "out"]
     done = run_here("simCLR.py", *flags, "--without_classes", "green", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NARROW
 from lightning.pytorch.callbacks import Callback
 from processes import ROOT
 from test_resume import assert_same_bits
@@ -211,7 +212,7 @@ def test_one_device_is_a_run_of_its_own_however_it_was_started(
 
     flags = ["--dataset", "digits", "--epochs", 1, "--output_dir", "out"]
     if script == "simCLR.py":
-        flags += ["--stages", "pretrain", "--stem", "imagenet"]
+        flags += ["--stages", "pretrain", *NARROW]
     done = run_here(script, *flags, cwd=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -228,7 +229,7 @@ def runs(pid):
 
 
 TWO = [
-    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet"],
+    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, *NARROW],
     *["--accelerator", "cpu", "--precision", "fp32", "--batch_size", 128, "--devices", 2],
     *["--checkpoint_every", 0, "--output_dir", "out"],
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cloned_state, make_config, randint, randn, user_error
+from helpers import NARROW, cloned_state, make_config, randint, randn, user_error
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import nn
@@ -17,7 +17,7 @@ from contrastive.representation import Resized, in_cells, recalibrate, up_to_lay
 from contrastive.whitening import whiten
 
 SHORT = [
-    *["--dataset", "digits", "--stem", "imagenet", "--epochs", 3, "--batch_size", 300],
+    *["--dataset", "digits", *NARROW, "--epochs", 3, "--batch_size", 300],
     *["--accelerator", "cpu", "--precision", "fp32", "--checkpoint_every", 0, "--knn_k", 5],
     *["--stages", "pretrain,knn", "--no-baselines"],
 ]
@@ -342,7 +342,7 @@ def test_unlabelled_images_are_resized_too(tmp_path, monkeypatch):
 
 
 def test_a_named_set_at_another_size_trains(run_here, tmp_path):
-    flags = ["--dataset", "digits", "--image_size", 12, "--stem", "imagenet", "--epochs", 1]
+    flags = ["--dataset", "digits", "--image_size", 12, *NARROW, "--epochs", 1]
     flags += ["--stages", "pretrain", "--output_dir", "out"]
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -453,14 +453,15 @@ def test_cells_are_the_means_of_the_parts_of_the_last_map(name, feature_dim):
 
 def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):
     flags = [*SHORT, "--epochs", 1, "--stages", "pretrain,knn,probe,features", "--probe_cells", 2]
-    flags += ["--image_size", 16, "--encoder", "compact", "--stem", "cifar", "--baselines", "true"]
+    flags += ["--image_size", 16, "--encoder", "compact", "--stem", "cifar", "--width", 0.5]
+    flags += ["--baselines", "true"]
     done = run_here("simCLR.py", *flags, "--output_dir", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert np.load(tmp_path / "out/features.npz")["h"].shape == (1797, 2048)
+    assert np.load(tmp_path / "out/features.npz")["h"].shape == (1797, 1024)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["baselines"]["untrained_encoder"]["probe"]["test_accuracy"] > 0.5
     weights = torch.load(tmp_path / "out/classifier.pt", weights_only=True)
-    assert weights["classifier.weight"].shape == (10, 2048)
+    assert weights["classifier.weight"].shape == (10, 1024)
 
 
 def test_z_is_measured_again_from_the_checkpoint(run_here, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torchvision
-from helpers import assert_same_bits, cloned_state, code_on_page, make_config
+from helpers import NARROW, assert_same_bits, cloned_state, code_on_page, make_config
 from torch import nn
 
 import functions as fn
@@ -395,7 +395,7 @@ def test_images_are_flipped_as_in_pretraining(image_folder, run_here, tmp_path, 
         return images
 
     monkeypatch.setattr(fn, "random_crop_and_flip", note)
-    flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 1]
+    flags = ["--dataset", image_folder, "--image_size", 8, *NARROW, "--epochs", 1]
     flags += ["--batch_size", 32, "--flip", 0.125, "--stages", "pretrain", "--output_dir", "out"]
     assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
     flags = ["--dataset", image_folder, "--image_size", 8, "--stages", "finetune", "--probe"]
@@ -407,13 +407,13 @@ def test_images_are_flipped_as_in_pretraining(image_folder, run_here, tmp_path, 
         assert flips == {expected}
 
 
-def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run, tmp_path):
+def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run_here, tmp_path):
     """Pretrained and from scratch, with few labels, and with all; what is left on disk."""
-    flags = ["--dataset", image_folder, "--image_size", 8, "--stem", "imagenet", "--epochs", 1]
+    flags = ["--dataset", image_folder, "--image_size", 8, *NARROW, "--epochs", 1]
     flags += ["--batch_size", 32, "--knn_k", 5, "--output_dir", "out", "--probe", "lbfgs"]
     flags += ["--stages", "pretrain,knn,probe,finetune", "--finetune_epochs", 2]
     flags += ["--finetune_steps", 4, "--labels_per_class", 2, "--label_fractions", 0.1]
-    done = run("simCLR.py", *flags, "--label_seeds", 2, cwd=tmp_path)
+    done = run_here("simCLR.py", *flags, "--label_seeds", 2, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -435,7 +435,7 @@ def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run, 
 
     flags = ["--checkpoint", "out", "--stages", "finetune", "--dataset", image_folder]
     flags += ["--image_size", 8, "--finetune_epochs", 2, "--finetune_steps", 4, "--knn_k", 5]
-    done = run("simCLR.py", *flags, "--probe", "lbfgs", "--output_dir", "all", cwd=tmp_path)
+    done = run_here("simCLR.py", *flags, "--probe", "lbfgs", "--output_dir", "all", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((tmp_path / "all/results.json").read_text())
     scratch = results["baselines"]["untrained_encoder"]

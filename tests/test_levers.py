@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_config, randn, user_error
+from helpers import NARROW, make_config, randn, user_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -495,19 +495,8 @@ def test_nesterov_needs_momentum(flags):
 def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, run_here, tmp_path):
     """End to end, with four views, a mean target and a deeper head; cut off, and gone on with."""
     flags = ["--dataset", image_folder, "--image_size", 8, "--stages", "pretrain"]
-    flags += [
-        "--stem",
-        "imagenet",
-        "--epochs",
-        3,
-        "--views",
-        4,
-        "--positives",
-        "mean",
-        "--decoupled",
-        "--head_layers",
-        3,
-    ]
+    flags += [*NARROW, "--epochs", 3, "--views", 4, "--positives", "mean", "--decoupled"]
+    flags += ["--head_layers", 3]
     flags += ["--head_norm", "none", "--head_dropout", 0.1, "--optimizer", optimizer]
     flags += ["--scaling", "sqrt", "--activation", "silu", "--crop_scale", 0.3]
     flags += ["--crop_scale_max", 0.6, "--batch_size", 100, "--checkpoint_every", 0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import NARROW
 
 import functions as fn
 import simCLR
@@ -152,10 +153,12 @@ def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
         certainty.page([certain_entry("tau", 0), other], [])
 
 
-def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
+def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run_here, tmp_path):
     """In half the bytes, and shown its images as before."""
-    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
-    done = run("simCLR.py", *flags, "--stages", "pretrain", "--output_dir", "run", cwd=tmp_path)
+    flags = ["--dataset", "digits", *NARROW, "--epochs", 1, "--batch_size", 400]
+    done = run_here(
+        "simCLR.py", *flags, "--stages", "pretrain", "--output_dir", "run", cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     earlier = [tmp_path / "home" / name for name in ("measured", "cells")]
     for folder in earlier:  # of another encoder
@@ -169,7 +172,7 @@ def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run, tmp_path):
         assert torch.allclose(value.to(theirs[name].dtype), theirs[name], rtol=1e-3, atol=1e-6)
 
     measure = ["--dataset", "digits", "--stages", "knn", "--no-baselines", "--checkpoint"]
-    done = run("simCLR.py", *measure, "home", "--output_dir", "out", cwd=tmp_path)
+    done = run_here("simCLR.py", *measure, "home", "--output_dir", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no record" not in done.stdout
     home = json.loads((tmp_path / "out/results.json").read_text())
@@ -234,12 +237,12 @@ def test_the_positive_is_counted_twice():
     assert simCLR.contrastive_loss is contrastive_loss
 
 
-def test_a_run_with_the_common_error_names_its_script(run, tmp_path):
-    flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 1, "--batch_size", 400]
+def test_a_run_with_the_common_error_names_its_script(image_folder, run, run_here, tmp_path):
+    flags = ["--dataset", image_folder, *NARROW, "--epochs", 1, "--batch_size", 20]
     flags += ["--precision", "fp32", "--stages", "pretrain,knn", "--no-baselines", "--output_dir"]
     done = run("results/ablations/counted_twice.py", *flags, "twice", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    done = run("simCLR.py", *flags, "once", cwd=tmp_path)
+    done = run_here("simCLR.py", *flags, "once", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     results = [
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("twice", "once")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Code
+from helpers import NARROW
 from processes import ROOT, finish, output, start
 
 import functions as fn
@@ -25,7 +26,7 @@ from machinery import checkpoints, files, training, trials
 
 SHORT = {
     "simCLR.py": [
-        *["--epochs", 4, "--image_size", 8, "--stem", "imagenet", "--batch_size", 64],
+        *["--epochs", 4, "--image_size", 8, *NARROW, "--batch_size", 64],
         *["--accelerator", "cpu", "--precision", "fp32", "--checkpoint_every", 0],
         *["--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
         *["--stages", "pretrain,knn,probe,finetune,tsne", "--finetune_epochs", 3],
@@ -277,7 +278,7 @@ def test_another_configuration_is_refused_by_name(short_rnn, run_here, flags, na
 
 def test_simclr_does_not_raise_its_epochs(tmp_path, run_here):
     """Its cosine schedule spans them: with more epochs, all of them would have been different."""
-    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet"]
+    flags = ["--dataset", "digits", "--stages", "pretrain", *NARROW]
     flags += ["--epochs", 1, "--output_dir", "out"]
     assert run_here("simCLR.py", *flags, cwd=tmp_path).returncode == 0
     done = run_here("simCLR.py", "--resume", "out", "--epochs", 2, cwd=tmp_path)
@@ -306,7 +307,7 @@ def test_max_time_ends_at_a_checkpoint_and_the_rest_follows(short_rnn, image_fol
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_micro_batches_resume_exactly(precision, run_here, tmp_path):
     """Their views follow from the step, and a resumed run continues its count."""
-    flags = ["--dataset", "digits", "--stages", "pretrain", "--stem", "imagenet"]
+    flags = ["--dataset", "digits", "--stages", "pretrain", *NARROW]
     flags += ["--epochs", 2, "--knn_k", 5, "--batch_size", 500, "--micro_batch_size", 250]
     flags += ["--precision", precision, "--accelerator", "cpu"]
     assert run_here("simCLR.py", *flags, "--output_dir", "whole", cwd=tmp_path).returncode == 0

@@ -17,6 +17,7 @@ from statistics import mean
 import pytest
 import torch
 import yaml
+from helpers import NARROW
 from PIL import Image
 from torchvision.models import resnet18
 
@@ -29,8 +30,7 @@ COMMON = {
     *("precision", "threads", "versions", "git_commit", "git_dirty", "seconds"),
 }
 FAST_SIMCLR = [
-    *["--image_size", 8, "--stem", "imagenet", "--batch_size", 32],
-    *["--knn_k", 5, "--probe_epochs", 3],
+    *["--image_size", 8, "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3],
 ]
 
 
@@ -43,6 +43,7 @@ def is_png(file):
 def simclr_run(image_folder, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("simclr")
     flags = ["--dataset", image_folder, "--epochs", 2, "--output_dir", "out", *FAST_SIMCLR]
+    flags += ["--stem", "imagenet"]  # so that torchvision's own ResNet-18 can load the encoder
     done = run("simCLR.py", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out", done
@@ -99,12 +100,12 @@ def test_encoder_file_loads_into_torchvision(simclr_run):
 @pytest.mark.parametrize(
     "file", ["encoder.pt", pytest.param("checkpoints/last.ckpt", marks=pytest.mark.slow)]
 )
-def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run, tmp_path, file):
+def test_later_stages_repeat_from_a_checkpoint(simclr_run, image_folder, run_here, tmp_path, file):
     """The k-NN accuracy of a saved encoder is the one that its own run reported."""
     out, _ = simclr_run
     flags = ["--stages", "knn", "--checkpoint", out / file]
-    flags += ["--baselines", "false", "--output_dir", "again"]
-    done = run("simCLR.py", "--dataset", image_folder, *flags, *FAST_SIMCLR, cwd=tmp_path)
+    flags += ["--baselines", "false", "--output_dir", "again", "--stem", "imagenet"]
+    done = run_here("simCLR.py", "--dataset", image_folder, *flags, *FAST_SIMCLR, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((f / "results.json").read_text()) for f in (out, tmp_path / "again"))
     assert again["knn"] == first["knn"]
@@ -206,7 +207,7 @@ def test_config_of_a_run_repeats_it(simclr_run, run, tmp_path):
 
 
 def test_simclr_on_a_flat_folder_without_classes(image_folder, run_here, tmp_path):
-    flags = ["--dataset", image_folder / "train" / "red", *FAST_SIMCLR]
+    flags = ["--dataset", image_folder / "train" / "red", *FAST_SIMCLR, *NARROW]
     flags += ["--stages", "pretrain", "--epochs", 1, "--output_dir", "out"]
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -313,7 +314,7 @@ def test_numbers_are_saved_before_any_figure_and_a_failing_one_costs_a_line(
     monkeypatch.setattr(fn, "save_figure", fail)
     flags = ["--dataset", image_folder, "--epochs", 1, "--image_size", 8, "--output_dir", "out"]
     flags += ["--n_trials", 4] if "tune" in script else []
-    flags += FAST_SIMCLR if script == "simCLR.py" else []
+    flags += [*FAST_SIMCLR, *NARROW] if script == "simCLR.py" else []
     done = run_here(script, *flags, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
@@ -381,7 +382,7 @@ def test_nothing_that_becomes_of_the_output_ends_a_run(how, awkward, tmp_path):
 
 
 def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path):
-    flags = ["--dataset", awkward, "--epochs", 1, *FAST_SIMCLR[:4], "--batch_size", 8]
+    flags = ["--dataset", awkward, "--epochs", 1, *FAST_SIMCLR, *NARROW, "--batch_size", 8]
     flags += ["--knn_k", 3, "--probe", "lbfgs", "--no-baselines"]
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -404,7 +405,7 @@ def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
             for i in range(count):
                 Image.new("RGB", (8, 8), colour).save(tmp_path / split / c / f"{i}.png")
     flags = ["--dataset", ".", "--epochs", 1, "--output_dir", "out", "--no-baselines"]
-    flags += [*FAST_SIMCLR[:4], "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
+    flags += [*FAST_SIMCLR, *NARROW, "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
     done = run("simCLR.py", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no t-SNE: it needs four different test images or more, and there are 1" in done.stdout
