@@ -25,7 +25,7 @@ from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Star
 from contrastive.looking import Looked, look, plot_surest
 from contrastive.pretrained import encoder_file, has_head
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
-from contrastive.representation import Resized
+from contrastive.representation import Mirrored, Resized
 from functions import ImageDataset, Subset, check
 
 STAGES = (
@@ -406,12 +406,18 @@ def labelled_images(data: ImageDataset, settings: EvaluationSettings) -> Labelle
 
 
 def features_of(model: nn.Module, images: Labelled, settings: EvaluationSettings) -> Features:
-    """What a model makes of the labelled images: uint8 (B, C, H, W) -> (B, D)."""
+    """What a model makes of the labelled images, and of the mirror images from which the probe is
+    to learn: uint8 (B, C, H, W) -> (B, D)."""
     train, test = (
         fn.extract_features(model, part, settings.machine) for part in (images.train, images.test)
     )
+    mirrored = None
+    if settings.probe_mirror and settings.probes:
+        model = nn.Sequential(Mirrored(), model)
+        mirrored = fn.extract_features(model, images.train, settings.machine)
     labels = images.train_labels, images.test_labels
-    return Features(train, labels[0], test, labels[1], images.classes, settings.held_out)
+    what = train, labels[0], test, labels[1], images.classes, settings.held_out
+    return Features(*what, mirrored)
 
 
 def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> None:

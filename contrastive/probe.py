@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,9 @@ class ProbeSettings(fn.RunConfig):
     probe_layer: int = 0
     """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
     as --head_layers is z (Section 4.2)"""
+    probe_mirror: bool = False
+    """whether the linear probe learns from the training images' mirror images, too (Appendix B.6
+    takes crops and flips); test images are never mirrored, and k-NN knows the originals alone"""
     probe_cells: int = 1
     """cells a side, over each of which the encoder's last map is averaged for what is measured: 1
     is h; 2 keeps where in an image things are, in four times as many numbers (Goyal et al. 2019)"""
@@ -59,7 +63,8 @@ class Features:
     """What one encoder makes of the labelled images.
 
     train, test: h, float32 (N, D); their labels int64 (N,). held_out: what the latter are, test or
-    validation images.
+    validation images. mirrored: h of the training images' mirror images, from which the linear
+    probe learns as well.
     """
 
     train: Tensor
@@ -68,11 +73,20 @@ class Features:
     test_labels: Tensor
     classes: tuple[str, ...]
     held_out: str = "test"
+    mirrored: Tensor | None = None
 
     def labelled(self, chosen: Tensor) -> Features:
         """The same with these training images alone, indices int64 (M,)."""
         train, labels = self.train[chosen], self.train_labels[chosen]
-        return replace(self, train=train, train_labels=labels)
+        mirrored = None if self.mirrored is None else self.mirrored[chosen]
+        return replace(self, train=train, train_labels=labels, mirrored=mirrored)
+
+    def to_learn_from(self) -> tuple[Tensor, Tensor]:
+        """Of all that the probe learns from, the images and after them their mirror images: h
+        (N, D) or (2N, D), and the labels."""
+        if self.mirrored is None:
+            return self.train, self.train_labels
+        return torch.cat([self.train, self.mirrored]), self.train_labels.repeat(2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,7 +162,7 @@ class Probe(fn.Classification):
 def train_probe(
     classifier: nn.Linear, features: Features, settings: ProbeSettings
 ) -> list[dict[str, float]]:
-    """Train `classifier` in place on features.train, as --probe says; returns its curves.
+    """Train `classifier` in place on the training images, as --probe says; returns its curves.
 
     sgd: --probe_epochs epochs in batches of --probe_batch_size, momentum 0.9, a learning rate of
     --probe_learning_rate that falls along a cosine, no weight decay. lbfgs: the optimum of
@@ -159,9 +173,9 @@ def train_probe(
     encoder. The test curve chooses nothing.
     """
     mean, std = standardization(features.train)
-    scaled = replace(
-        features, train=(features.train - mean) / std, test=(features.test - mean) / std
-    )
+    mirrored = None if features.mirrored is None else (features.mirrored - mean) / std
+    train, test = ((part - mean) / std for part in (features.train, features.test))
+    scaled = replace(features, train=train, test=test, mirrored=mirrored)
 
     curves: list[dict[str, float]] = []  # L-BFGS has no epochs to draw
     if settings.probe == "lbfgs":
@@ -198,13 +212,10 @@ def take_in(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
 def train_by_sgd(
     linear: nn.Linear, features: Features, settings: ProbeSettings
 ) -> list[dict[str, float]]:
-    """Train `linear` in place on features.train; returns an EpochLog's rows."""
-    train = Batches(
-        features.train,
-        features.train_labels,
-        batch_size=min(settings.probe_batch_size, len(features.train)),
-        seed=settings.seed,
-    )
+    """Train `linear` in place on the training images; returns an EpochLog's rows."""
+    h, labels = features.to_learn_from()
+    batch_size = min(settings.probe_batch_size, len(h))
+    train = Batches(h, labels, batch_size=batch_size, seed=settings.seed)
     test = Batches(features.test, features.test_labels, batch_size=5000)
     epochs = settings.probe_epochs
 
@@ -226,7 +237,8 @@ def best_penalty(features: Features, seed: int) -> float:
     The smaller C, the smaller the weights, so that a probe of few labels, or of an encoder that was
     trained briefly, does not learn by heart what says nothing of other images.
 
-    A fifth of the images is held out from the others to choose; with fewer than 100 labels of a
+    A fifth of the images is held out from the others to choose, and its mirror images from both;
+    with fewer than 100 labels of a
     class each fifth is, in turn, and of less than five labels each one. Classes of fewer than five
     have no say where others have more. With one label of each class there is nothing to choose by,
     and C is 0.01. What is compared is the likelihood of the held-out labels: among few images
@@ -246,18 +258,24 @@ def best_penalty(features: Features, seed: int) -> float:
         folds = StratifiedKFold(least, shuffle=True, random_state=seed)
     else:
         folds = StratifiedShuffleSplit(1, test_size=1 / FOLDS, random_state=seed)
+    h, labels = (each.numpy() for each in part.to_learn_from())
+    count = len(part.train)
+    splits = [
+        (np.concatenate([fitted + start for start in range(0, len(h), count)]), held_out)
+        for fitted, held_out in folds.split(h[:count], labels[:count])
+    ]
 
     choice = LogisticRegressionCV(
         Cs=PENALTIES,
         l1_ratios=(0,),
-        cv=folds,
+        cv=splits,
         scoring="neg_log_loss",
         max_iter=100,
         refit=False,
         use_legacy_attributes=False,
     )
     with without_convergence_warnings():
-        choice.fit(part.train.numpy(), part.train_labels.numpy())
+        choice.fit(h, labels)
     return PENALTIES[int(choice.scores_.mean(axis=(0, 1)).argmax())]  # (folds, l1_ratios, Cs)
 
 
@@ -272,15 +290,16 @@ def without_convergence_warnings() -> Iterator[None]:
 
 
 def logistic_regression(features: Features, penalty: float, steps: int = 1000) -> nn.Linear:
-    """The optimum on features.train, found by L-BFGS. penalty: scikit-learn's C.
+    """The optimum on the training images, found by L-BFGS. penalty: scikit-learn's C.
 
     Many raw pixels take more steps than that: what they have come to is taken, and a note says so.
     """
     from sklearn.linear_model import LogisticRegression
 
     optimum = LogisticRegression(C=penalty, max_iter=steps)
+    h, labels = features.to_learn_from()
     with without_convergence_warnings():
-        optimum.fit(features.train.numpy(), features.train_labels.numpy())
+        optimum.fit(h.numpy(), labels.numpy())
     if optimum.n_iter_.max() >= steps:
         width = features.train.shape[1]
         fn.note(f"the probe on {width:,} numbers an image was stopped after {steps:,} steps")

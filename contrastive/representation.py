@@ -13,6 +13,13 @@ import functions as fn
 from functions import Batches, Subset, check
 
 
+class Mirrored(nn.Module):
+    """Images as a mirror shows them, left and right exchanged: (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flip(-1)
+
+
 class Resized(nn.Module):
     """Images at --evaluation_size: uint8, or float32 in [0, 1], (B, C, H, W) -> float32 in [0, 1]
     (B, C, side, side), bilinear. None leaves them as they are, and so does their own size."""

@@ -13,6 +13,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
+from contrastive import evaluation
 from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
@@ -449,6 +450,29 @@ def test_cells_are_the_means_of_the_parts_of_the_last_map(name, feature_dim):
         assert in_cells(encoder, 1) is encoder
         encoder.conv1.weight.zero_()  # its weights are the encoder's own
         assert not torch.equal(in_cells(encoder, 2)(x), cells)
+
+
+def test_mirror_images_are_for_the_probe_alone(image_folder, tmp_path):
+    """They are those of the images, and what k-NN and the tests see is as without them."""
+    data = fn.load_dataset(str(image_folder), tmp_path, image_size=8)
+    found = []
+    for mirror in (False, True):
+        config = make_config(
+            dataset=str(image_folder), probe_mirror=mirror, probe="lbfgs", stages="knn,probe",
+            checkpoint="x", knn_k=5,
+        )  # fmt: skip
+        images = evaluation.labelled_images(data, config)
+        pixels = nn.Sequential(fn.Normalize(data.train_images), nn.Flatten())
+        found.append(evaluation.features_of(pixels, images, config))
+    without, both = found
+    assert without.mirrored is None
+    flipped = both.train.view(-1, 3, 8, 8).flip(3).flatten(1)
+    assert torch.equal(both.mirrored, flipped)
+    assert not torch.equal(both.mirrored, both.train)
+    assert torch.equal(both.train, without.train)
+    assert torch.equal(both.test, without.test)
+    config.stages = "knn"
+    assert evaluation.features_of(pixels, images, config).mirrored is None
 
 
 def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):

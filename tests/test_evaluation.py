@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import assert_rate, assert_same_bits, cloned_state, make_config
+from sklearn.linear_model import LogisticRegressionCV
 from torch import nn
 
 import functions as fn
@@ -238,6 +239,50 @@ def test_the_sgd_probe_records_an_epoch_per_row():
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy"} <= set(rows[0])
     assert rows[-1]["test_accuracy"] == pytest.approx(accuracy_of(classifier, features))
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_what_differs_between_an_image_and_its_mirror_image_says_nothing(probe):
+    """Two features as good as each other; in the mirror the first changes its sign. The probe of
+    the images alone weighs them alike, and that of both knows the second alone."""
+    sign = torch.tensor([-1.0, 1.0]).repeat(40)
+    h = sign.view(-1, 1).repeat(1, 2)
+    labels = (sign > 0).long()
+    features = probing.Features(h, labels, h, labels, ("left", "right"))
+    alike = probed(features, probe).weight.diff(dim=0)[0]
+    assert min(alike) > 0.1
+
+    mirrored = dataclasses.replace(features, mirrored=h * torch.tensor([-1.0, 1.0]))
+    first, second = probed(mirrored, probe).weight.diff(dim=0)[0]
+    assert abs(first) < 0.1 * second
+
+
+def test_no_mirror_image_of_what_is_held_out_helps_to_choose(monkeypatch):
+    """Among 120 images and their mirror images, a fifth of the images, and these alone."""
+    splits = []
+
+    class Noted(LogisticRegressionCV):
+        def __init__(self, cv=None, **named):
+            splits.extend(cv)
+            super().__init__(cv=cv, **named)
+
+    monkeypatch.setattr("sklearn.linear_model.LogisticRegressionCV", Noted)
+    features = blobs()
+    probing.best_penalty(dataclasses.replace(features, mirrored=features.train), seed=0)
+    assert len(splits) == 5
+    for fitted, held_out in splits:
+        assert sorted({*held_out, *fitted}) == sorted([*held_out, *fitted])
+        assert max(held_out) < 120
+        assert sorted([*(fitted % 120), *held_out, *held_out]) == sorted([*range(120)] * 2)
+
+
+def test_few_labels_have_their_own_mirror_images():
+    features = dataclasses.replace(blobs(), mirrored=torch.arange(120.0).view(-1, 1).repeat(1, 6))
+    few = features.labelled(torch.tensor([3, 50]))
+    h, labels = few.to_learn_from()
+    assert torch.equal(h[:2], features.train[[3, 50]])
+    assert h[2:, 0].tolist() == [3, 50]
+    assert labels.tolist() == features.train_labels[[3, 50, 3, 50]].tolist()
 
 
 # ------------------------------------------------------------------------------------------------
