@@ -406,13 +406,13 @@ def labelled_images(data: ImageDataset, settings: EvaluationSettings) -> Labelle
 
 
 def features_of(model: nn.Module, images: Labelled, settings: EvaluationSettings) -> Features:
-    """What a model makes of the labelled images, and of the mirror images from which the probe is
-    to learn: uint8 (B, C, H, W) -> (B, D)."""
+    """What a model makes of the labelled images and, with --probe_mirror, of the training images'
+    mirror images: uint8 (B, C, H, W) -> (B, D)."""
     train, test = (
         fn.extract_features(model, part, settings.machine) for part in (images.train, images.test)
     )
     mirrored = None
-    if settings.probe_mirror and settings.probes:
+    if settings.probe_mirror:
         model = nn.Sequential(Mirrored(), model)
         mirrored = fn.extract_features(model, images.train, settings.machine)
     labels = images.train_labels, images.test_labels

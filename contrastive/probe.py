@@ -41,8 +41,9 @@ class ProbeSettings(fn.RunConfig):
     """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
     as --head_layers is z (Section 4.2)"""
     probe_mirror: bool = False
-    """whether the linear probe learns from the training images' mirror images, too (Appendix B.6
-    takes crops and flips); test images are never mirrored, and k-NN knows the originals alone"""
+    """whether the linear probe learns from the training images' mirror images, too: of the random
+    crops and flips of the paper's probe (Appendix B.5, B.6), the flips; leave it out where left and
+    right matter. Test images are never mirrored, and k-NN knows the originals alone"""
     probe_cells: int = 1
     """cells a side, over each of which the encoder's last map is averaged for what is measured: 1
     is h; 2 keeps where in an image things are, in four times as many numbers (Goyal et al. 2019)"""
@@ -162,7 +163,8 @@ class Probe(fn.Classification):
 def train_probe(
     classifier: nn.Linear, features: Features, settings: ProbeSettings
 ) -> list[dict[str, float]]:
-    """Train `classifier` in place on the training images, as --probe says; returns its curves.
+    """Train `classifier` in place, as --probe says, on `features.to_learn_from()`; returns its
+    curves.
 
     sgd: --probe_epochs epochs in batches of --probe_batch_size, momentum 0.9, a learning rate of
     --probe_learning_rate that falls along a cosine, no weight decay. lbfgs: the optimum of
@@ -172,7 +174,7 @@ def train_probe(
     classifier's weights: still a linear classifier of h, but one learning rate suits every
     encoder. The test curve chooses nothing.
     """
-    mean, std = standardization(features.train)
+    mean, std = standardization(features.to_learn_from()[0])
     mirrored = None if features.mirrored is None else (features.mirrored - mean) / std
     train, test = ((part - mean) / std for part in (features.train, features.test))
     scaled = replace(features, train=train, test=test, mirrored=mirrored)
@@ -212,7 +214,7 @@ def take_in(linear: nn.Linear, mean: Tensor, std: Tensor) -> None:
 def train_by_sgd(
     linear: nn.Linear, features: Features, settings: ProbeSettings
 ) -> list[dict[str, float]]:
-    """Train `linear` in place on the training images; returns an EpochLog's rows."""
+    """Train `linear` in place on `features.to_learn_from()`; returns an EpochLog's rows."""
     h, labels = features.to_learn_from()
     batch_size = min(settings.probe_batch_size, len(h))
     train = Batches(h, labels, batch_size=batch_size, seed=settings.seed)
@@ -237,13 +239,12 @@ def best_penalty(features: Features, seed: int) -> float:
     The smaller C, the smaller the weights, so that a probe of few labels, or of an encoder that was
     trained briefly, does not learn by heart what says nothing of other images.
 
-    A fifth of the images is held out from the others to choose, and its mirror images from both;
-    with fewer than 100 labels of a
-    class each fifth is, in turn, and of less than five labels each one. Classes of fewer than five
-    have no say where others have more. With one label of each class there is nothing to choose by,
-    and C is 0.01. What is compared is the likelihood of the held-out labels: among few images
-    accuracy is too coarse. A hundred steps of L-BFGS for each C, which begins where the one before
-    it ended, tell them apart.
+    A fifth of the images is held out to choose; their mirror images are neither learned from nor
+    asked. With fewer than 100 labels of a class each fifth is, in turn, and of less than five
+    labels each one. Classes of fewer than five have no say where others have more. With one label
+    of each class there is nothing to choose by, and C is 0.01. What is compared is the likelihood
+    of the held-out labels: among few images accuracy is too coarse. A hundred steps of L-BFGS for
+    each C, which begins where the one before it ended, tell them apart.
     """
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
@@ -290,7 +291,7 @@ def without_convergence_warnings() -> Iterator[None]:
 
 
 def logistic_regression(features: Features, penalty: float, steps: int = 1000) -> nn.Linear:
-    """The optimum on the training images, found by L-BFGS. penalty: scikit-learn's C.
+    """The optimum on `features.to_learn_from()`, found by L-BFGS. penalty: scikit-learn's C.
 
     Many raw pixels take more steps than that: what they have come to is taken, and a note says so.
     """

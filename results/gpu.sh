@@ -23,7 +23,7 @@ run() { echo "+ $*"; "$PYTHON" "$@"; }
 # Small sizes for smoke runs and, on a CPU, for everything.
 tiny="--dataset digits --accelerator $ACC --epochs 2 --stem imagenet --batch_size 64 --no-baselines --knn_k 5 --probe_epochs 2"
 tiny="$tiny --hidden_dim 64"
-[ "$ACC" = cuda ] || tiny="$tiny --width 0.25"
+[ "$ACC" = cuda ] || tiny="$tiny --width 0.25"  # narrower still on a CPU
 fresh() { rm -rf "${OUT:?}/$1"; echo "$OUT/$1"; }
 
 versions() {

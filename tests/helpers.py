@@ -14,8 +14,8 @@ import functions as fn
 import simCLR
 from functions import UserError
 
-# For tests of what surrounds the encoder: a ResNet-18 with a quarter of its channels, on maps a
-# quarter as large, which trains in no time.
+# For tests of what surrounds the encoder: with a quarter of its channels, on maps a quarter as wide
+# and as high, a ResNet trains in no time.
 NARROW = ["--stem", "imagenet", "--width", 0.25]
 
 

@@ -229,7 +229,7 @@ def runs(pid):
 
 
 TWO = [
-    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, *NARROW],
+    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet"],
     *["--accelerator", "cpu", "--precision", "fp32", "--batch_size", 128, "--devices", 2],
     *["--checkpoint_every", 0, "--output_dir", "out"],
 ]

@@ -14,6 +14,7 @@ from torch import nn
 import functions as fn
 import simCLR
 from contrastive import evaluation
+from contrastive import probe as probing
 from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
@@ -471,8 +472,31 @@ def test_mirror_images_are_for_the_probe_alone(image_folder, tmp_path):
     assert not torch.equal(both.mirrored, both.train)
     assert torch.equal(both.train, without.train)
     assert torch.equal(both.test, without.test)
-    config.stages = "knn"
-    assert evaluation.features_of(pixels, images, config).mirrored is None
+
+
+def test_every_probe_learns_from_mirror_images(image_folder, run_here, tmp_path, monkeypatch):
+    """Of raw pixels and of both encoders, with few labels, and what fine-tuning begins with."""
+    seen = []
+
+    def note(features, *rest):
+        seen.append(features)
+        return original(features, *rest)
+
+    original = probing.logistic_regression
+    monkeypatch.setattr(probing, "logistic_regression", note)
+    flags = ["--dataset", image_folder, *NARROW, "--image_size", 8, "--knn_k", 5, "--probe"]
+    flags += ["lbfgs", "--probe_mirror", "--finetune_epochs", 2, "--finetune_steps", 2]
+    few = ["--stages", "pretrain,knn,tsne", "--epochs", 1, "--batch_size", 32]
+    few += ["--labels_per_class", 2, "--label_seeds", 1, "--output_dir", "few"]
+    every = ["--stages", "finetune", "--checkpoint", "few", "--output_dir", "every"]
+    for more, counts in ((few, [6, 6, 6]), (every, [300, 300, 300, 270])):
+        seen.clear()
+        done = run_here("simCLR.py", *flags, *more, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [len(features.train) for features in seen] == counts
+        for features in seen:
+            assert features.mirrored.shape == features.train.shape
+            assert not torch.equal(features.mirrored, features.train)
 
 
 def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):

@@ -257,23 +257,48 @@ def test_what_differs_between_an_image_and_its_mirror_image_says_nothing(probe):
     assert abs(first) < 0.1 * second
 
 
-def test_no_mirror_image_of_what_is_held_out_helps_to_choose(monkeypatch):
-    """Among 120 images and their mirror images, a fifth of the images, and these alone."""
-    splits = []
+@pytest.mark.parametrize(("per_class", "folds"), [(40, 5), (100, 1)])
+@pytest.mark.parametrize("alone", [0, 1], ids=["every class", "a class of one"])
+def test_no_mirror_image_of_what_is_held_out_helps_to_choose(per_class, folds, alone, monkeypatch):
+    """A fifth of the images is held out, and the others learned from with their mirror images; the
+    image of a class that has no other takes no part."""
+    splits, learned = [], []
 
     class Noted(LogisticRegressionCV):
-        def __init__(self, cv=None, **named):
+        def __init__(self, cv, **named):
             splits.extend(cv)
             super().__init__(cv=cv, **named)
 
+        def fit(self, h, labels):
+            learned.append(h)
+            return super().fit(h, labels)
+
     monkeypatch.setattr("sklearn.linear_model.LogisticRegressionCV", Noted)
-    features = blobs()
-    probing.best_penalty(dataclasses.replace(features, mirrored=features.train), seed=0)
-    assert len(splits) == 5
+    features = blobs(per_class=per_class)
+    features = dataclasses.replace(features, mirrored=-features.train)
+    if alone:
+        kept = (features.train_labels != 1) | (torch.arange(3 * per_class) == 1)
+        features = features.labelled(kept.nonzero().flatten())
+    probing.best_penalty(features, seed=0)
+
+    (h,), count = learned, (3 - alone) * per_class
+    assert len(h) == 2 * count
+    assert (h[count:] == -h[:count]).all()
+    assert len(splits) == folds
     for fitted, held_out in splits:
-        assert sorted({*held_out, *fitted}) == sorted([*held_out, *fitted])
-        assert max(held_out) < 120
-        assert sorted([*(fitted % 120), *held_out, *held_out]) == sorted([*range(120)] * 2)
+        assert max(held_out) < count
+        assert len(held_out) == count // 5
+        assert sorted([*(fitted % count), *held_out, *held_out]) == sorted([*range(count)] * 2)
+
+
+@pytest.mark.parametrize("probe", ["sgd", "lbfgs"])
+def test_what_varies_in_mirror_images_alone_has_a_weight(probe):
+    """A feature that is the same in all images, and tells the classes apart in the mirror."""
+    labels = torch.arange(2).repeat(40)
+    h = torch.ones(80, 1)
+    features = probing.Features(h, labels, h, labels, ("a", "b"), mirrored=2.0 * labels.view(-1, 1))
+    weight = probed(features, probe).weight.diff(dim=0).item()
+    assert 0.1 < weight < 20
 
 
 def test_few_labels_have_their_own_mirror_images():

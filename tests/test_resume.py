@@ -26,7 +26,7 @@ from machinery import checkpoints, files, training, trials
 
 SHORT = {
     "simCLR.py": [
-        *["--epochs", 4, "--image_size", 8, *NARROW, "--batch_size", 64],
+        *["--epochs", 12, "--image_size", 8, *NARROW, "--batch_size", 64],
         *["--accelerator", "cpu", "--precision", "fp32", "--checkpoint_every", 0],
         *["--knn_k", 5, "--probe_epochs", 3, "--baselines", "false"],
         *["--stages", "pretrain,knn,probe,finetune,tsne", "--finetune_epochs", 3],
@@ -166,17 +166,17 @@ def test_torture(script, uninterrupted, image_folder, tmp_path):
 
 
 def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_folder, tmp_path):
-    """It is killed in the third of four epochs."""
+    """It is killed in the third epoch or soon after."""
     reference, _ = uninterrupted("simCLR.py")
     process = begin_or_resume("simCLR.py", image_folder, tmp_path)
-    while "epoch 2/4" not in output(process, tmp_path) and process.is_alive():
+    while "epoch 2/12" not in output(process, tmp_path) and process.is_alive():
         time.sleep(0.01)
     process.kill()
     process.join()
     text = finish(begin_or_resume("simCLR.py", image_folder, tmp_path), tmp_path)
 
-    assert "epoch 1/4" not in text
-    assert "epoch 4/4" in text
+    assert "epoch 1/12" not in text
+    assert "epoch 12/12" in text
     assert_same_bits(tmp_path / "out", reference)
 
 

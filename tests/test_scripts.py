@@ -382,8 +382,8 @@ def test_nothing_that_becomes_of_the_output_ends_a_run(how, awkward, tmp_path):
 
 
 def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path):
-    flags = ["--dataset", awkward, "--epochs", 1, *FAST_SIMCLR, *NARROW, "--batch_size", 8]
-    flags += ["--knn_k", 3, "--probe", "lbfgs", "--no-baselines"]
+    flags = ["--dataset", awkward, "--epochs", 1, *NARROW, "--image_size", 8]
+    flags += ["--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs", "--no-baselines"]
     done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -405,7 +405,7 @@ def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
             for i in range(count):
                 Image.new("RGB", (8, 8), colour).save(tmp_path / split / c / f"{i}.png")
     flags = ["--dataset", ".", "--epochs", 1, "--output_dir", "out", "--no-baselines"]
-    flags += [*FAST_SIMCLR, *NARROW, "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
+    flags += [*NARROW, "--image_size", 8, "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
     done = run("simCLR.py", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no t-SNE: it needs four different test images or more, and there are 1" in done.stdout

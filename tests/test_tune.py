@@ -204,7 +204,7 @@ DATA = fn.load_dataset("digits").description()
 
 
 def small_study(tmp_path=None, **changes):
-    """In memory, where no folder is given, which spares a disk's wait at every number drawn."""
+    """In memory where no folder is given: a disk would be waited for at each draw."""
     config = tune.Config(**{"dataset": "digits", "n_trials": 2, "epochs": 2} | changes)
     splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
     place = f"/{tmp_path}/study.db" if tmp_path else ""
