@@ -169,13 +169,13 @@ def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_fo
     """It is killed in the third epoch or soon after."""
     reference, _ = uninterrupted("simCLR.py")
     process = begin_or_resume("simCLR.py", image_folder, tmp_path)
-    while "epoch 2/12" not in output(process, tmp_path) and process.is_alive():
+    while "epoch  2/12" not in output(process, tmp_path) and process.is_alive():
         time.sleep(0.01)
     process.kill()
     process.join()
     text = finish(begin_or_resume("simCLR.py", image_folder, tmp_path), tmp_path)
 
-    assert "epoch 1/12" not in text
+    assert "epoch  1/12" not in text
     assert "epoch 12/12" in text
     assert_same_bits(tmp_path / "out", reference)
 
