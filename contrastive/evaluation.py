@@ -416,8 +416,7 @@ def features_of(model: nn.Module, images: Labelled, settings: EvaluationSettings
         model = nn.Sequential(Mirrored(), model)
         mirrored = fn.extract_features(model, images.train, settings.machine)
     labels = images.train_labels, images.test_labels
-    what = train, labels[0], test, labels[1], images.classes, settings.held_out
-    return Features(*what, mirrored)
+    return Features(train, labels[0], test, labels[1], images.classes, settings.held_out, mirrored)
 
 
 def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> None:

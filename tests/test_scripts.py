@@ -29,9 +29,7 @@ COMMON = {
     *("script", "dataset", "data", "seed", "device", "processor"),
     *("precision", "threads", "versions", "git_commit", "git_dirty", "seconds"),
 }
-FAST_SIMCLR = [
-    *["--image_size", 8, "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3],
-]
+FAST_SIMCLR = ["--image_size", 8, "--batch_size", 32, "--knn_k", 5, "--probe_epochs", 3]
 
 
 def is_png(file):
