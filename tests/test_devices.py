@@ -229,7 +229,7 @@ def runs(pid):
 
 
 TWO = [
-    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 6, "--stem", "imagenet"],
+    *["--dataset", "digits", "--stages", "pretrain", "--epochs", 12, *NARROW],
     *["--accelerator", "cpu", "--precision", "fp32", "--batch_size", 128, "--devices", 2],
     *["--checkpoint_every", 0, "--output_dir", "out"],
 ]
@@ -237,14 +237,14 @@ TWO = [
 
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
-    """Six epochs on two devices."""
+    """Twelve epochs on two devices."""
     folder = tmp_path_factory.mktemp("undisturbed")
     done = run("simCLR.py", *TWO, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     return folder / "out"
 
 
-def start_two(cwd, program=ROOT / "simCLR.py", flags=TWO, wait_for="epoch 2/6"):
+def start_two(cwd, program=ROOT / "simCLR.py", flags=TWO, wait_for="epoch  2/12"):
     """Start a training of two processes. Returns the first, and the second's number."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(program), *map(str, flags)]
@@ -311,8 +311,8 @@ def test_the_end_of_a_process_ends_the_run_which_goes_on_later(
 
     resumed = run("simCLR.py", "--resume", "out", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "epoch 1/6" not in resumed.stdout
-    assert "epoch 6/6" in resumed.stdout
+    assert "epoch  1/12" not in resumed.stdout
+    assert "epoch 12/12" in resumed.stdout
     assert_same_bits(tmp_path / "out", undisturbed)
 
 
