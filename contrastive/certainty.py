@@ -26,6 +26,7 @@ from contrastive.scores import (
     auroc,
     best_temperature,
     calibration,
+    kept_at,
     mean_ranks,
     mean_spearman,
     nearest_is_alike,
@@ -40,6 +41,7 @@ BLURS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # standard deviations, in pixels of an i
 NOISES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2)  # the same, in units of 1 = white
 VIEWS = 10  # augmentations that are to agree
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+KEPT = tuple(tenth / 10 for tenth in range(1, 11))  # shares of the test images, the surest
 
 
 @dataclass
@@ -319,8 +321,9 @@ class Worth:
     error on the surest, and order what that is worth: 0 in no order, 1 with all errors last; crops,
     blur, noise: Spearman with how well an image can be seen, of the copies of one image, on
     average; people: Spearman with how much people agree; others: AUROC of the test images against
-    another set. quantiles: of the certainties themselves, at QUANTILES: they may order images well
-    and hardly differ.
+    another set. kept: the probe's accuracy where the shares KEPT of the images are kept, the
+    surest. quantiles: of the certainties themselves, at QUANTILES: they may order images well and
+    hardly differ.
     """
 
     r_auroc: float | None
@@ -329,6 +332,7 @@ class Worth:
     crops: float | None
     blur: float | None
     noise: float | None
+    kept: list[float] | None
     quantiles: list[float] | None
     people: float | None = None
     others: dict[str, float | None] = field(default_factory=dict)
@@ -398,7 +402,7 @@ def measure_certainty(
     for name, value in values.items():
         quantiles = value.double().quantile(at).tolist() if value.isfinite().all() else None
         told = auroc(value, alike), aurc(value, right), order_of_errors(value, right)
-        found = Worth(*told, None, None, None, quantiles)
+        found = Worth(*told, None, None, None, kept_at(value, right, KEPT), quantiles)
         if asked.people is not None:
             found.people = spearman(value, -torch.special.entr(asked.people).sum(1))
         if name in asks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,15 @@ def kept_accuracy(certainty: Tensor, right: Tensor) -> Tensor:
     expected = (of_ties / count)[place]
     order = certainty.argsort(descending=True)
     return expected[order].cumsum(0) / torch.arange(1, len(order) + 1)
+
+
+def kept_at(certainty: Tensor, right: Tensor, shares: Sequence[float]) -> list[float] | None:
+    """Accuracy where these shares of the images are kept, the surest: a few points of
+    `kept_accuracy`, and None for what is no order."""
+    if not certainty.isfinite().all():
+        return None
+    curve = kept_accuracy(certainty, right)
+    return [float(curve[max(1, round(share * len(curve))) - 1]) for share in shares]
 
 
 def aurc(certainty: Tensor, right: Tensor) -> float | None:

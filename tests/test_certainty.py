@@ -31,6 +31,7 @@ from contrastive.scores import (
     best_temperature,
     calibration,
     kept_accuracy,
+    kept_at,
     mean_ranks,
     mean_spearman,
     nearest_is_alike,
@@ -56,6 +57,8 @@ def test_the_surest_are_kept_first():
     assert kept_accuracy(certainty, RIGHT).tolist() == pytest.approx(expected)
     assert aurc(certainty, RIGHT) == pytest.approx(1 - sum(expected) / 5)
     assert aurc(RIGHT.double(), RIGHT) < aurc(certainty, RIGHT) < aurc(-RIGHT.double(), RIGHT)
+    assert kept_at(certainty, RIGHT, (0.01, 0.4, 0.6, 1)) == pytest.approx([1, 1, 2 / 3, 3 / 5])
+    assert kept_at(certainty / 0, RIGHT, (0.5, 1)) is None
 
 
 def test_images_that_are_equally_sure_come_in_no_order():
@@ -329,6 +332,9 @@ def test_a_way_that_knows_everything_is_worth_the_most(monkeypatch):
     best = kept_accuracy(right.double(), right)
     assert knows.aurc == pytest.approx(float(1 - best.mean()))
     assert (knows.order, abs(blind.order) < 0.5) == (pytest.approx(1), True)
+    share = float(right.double().mean())
+    assert knows.kept == pytest.approx([min(1, share / (tenth / 10)) for tenth in range(1, 11)])
+    assert blind.kept[-1] == pytest.approx(share)
     assert knows.others == {"other": 1.0}
     scores = found.values["oracle"].double()
     expected = [float(scores.quantile(q)) for q in (0, 0.05, 0.5, 0.95, 1)]

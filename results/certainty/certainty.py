@@ -12,19 +12,23 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import functions as fn  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
+from contrastive.certainty import KEPT  # noqa: E402
 from contrastive.losses import CERTAIN  # noqa: E402
 from results import measured  # noqa: E402
 
 CONFIG = "configs/cifar10_certainty.yaml"
 SEARCH = "configs/cifar10_certainty_search.yaml"
 PLAIN = "nt_xent"
+Value = TypeVar("Value")
 BARS = ("norm of z", "probe's softmax")  # of the same encoder: what a certainty has to beat
 ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
 
@@ -94,7 +98,7 @@ def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def known(values: list[float | None]) -> list[float]:
+def known(values: list[Value | None]) -> list[Value]:
     """Those of the seeds that have one: not each way is asked each question."""
     return [value for value in values if value is not None]
 
@@ -176,6 +180,7 @@ def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
     parts = [INTRODUCTION.strip(), "## Does it cost accuracy?", "\n".join(costs)]
     parts.append("Certainty: its median in seed 0's run, and where nine tenths of the images lie.")
     parts += ["## What is it worth?", "\n".join(worth), WORDS]
+    parts.append("![The linear probe on the images that are surest](kept.png)")
     parts.append("![What each certainty is worth](certainty.png)")
     if search:
         parts += ["## Which temperature?", TEMPERATURE, choice(search)]
@@ -201,6 +206,30 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
     fn.save_figure(figure, file)
 
 
+@fn.drawing
+def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
+    """The probe's accuracy on the surest images: the mean over the seeds, in a band of one standard
+    deviation. What needs labels is black, what plain SimCLR has without them grey."""
+    ways = by_way(entries)
+    norm, softmax = BARS
+    bars = {softmax: ("black", f"{softmax} (all labels)"), norm: ("0.6", f"NT-Xent: {norm}")}
+    styles = bars | {way: (f"C{number}", way) for number, way in enumerate(CERTAIN)}
+    figure, axis = fn.new_figure(8.5, 4.2)
+    for way, (color, name) in styles.items():
+        curves = np.array(known([one["kept"] for one in ways.get(way, [])]))  # (seeds, shares)
+        if len(curves):
+            mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
+            axis.plot(KEPT, mean, color=color, label=name)
+            band = mean - spread, mean + spread
+            axis.fill_between(KEPT, *band, color=color, alpha=0.15, linewidth=0)
+    axis.set(title="The linear probe on the images that are surest", xlabel="share that is kept")
+    axis.set_ylabel("test accuracy")
+    fn.of_accuracy(axis)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    fn.save_figure(figure, file)
+
+
 if __name__ == "__main__":
     kind, *runs = sys.argv[1:] or [""]
     if kind not in ("search", "runs"):
@@ -214,3 +243,4 @@ if __name__ == "__main__":
     if entries:
         measured.write(page(entries, search), entries, HERE / "README.md", kept)
         draw(entries, HERE / "certainty.png")
+        draw_kept(entries, HERE / "kept.png")
