@@ -621,9 +621,9 @@ def main(config: Config) -> None:
 
     model = build_model(config)
     encoder, cells = model.get_encoder(), config.probe_cells
-    untrained = in_cells(copy.deepcopy(encoder), cells)
     head = model.projection_head, config.probe_layer, config.beside_embedding
     measured = up_to_layer(in_cells(encoder, cells), *head)
+    untrained = copy.deepcopy(measured)
     recorded = load_trained(model, file, beyond_h) if file else None
     print_model(model, data, config)
     with run.open() as folder:
@@ -653,7 +653,7 @@ def main(config: Config) -> None:
                 results |= evaluation.results()
             if "features" in config.stages_list:
                 shown = nn.Sequential(see, measured)
-                save_features(shown, sets.measured, config.machine, folder / "features.npz")
+                save_features(shown, sets.measured, config.machine, folder)
 
         # The numbers first: no figure is worth losing them.
         run.save(**results)

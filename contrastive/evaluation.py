@@ -15,6 +15,7 @@ from contrastive import figures
 from contrastive.certainty import Asked, Certainty, CertaintySettings, measure_certainty
 from contrastive.explore import explore
 from contrastive.few_labels import (
+    FROM_SCRATCH,
     Draw,
     FewLabels,
     FewLabelsSettings,
@@ -127,8 +128,10 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
 
     @property
     def probes(self) -> bool:
-        """Whether a stage needs the linear probe."""
-        return bool(WITH_PROBE & set(self.stages_list))
+        """Whether a stage needs the linear probe of all labels: fine-tuning with few of them begins
+        with the probe of those."""
+        few = {"finetune"} if self.label_amounts else set()
+        return bool(WITH_PROBE & (set(self.stages_list) - few))
 
     @property
     def needs_head(self) -> bool:
@@ -219,15 +222,16 @@ class Tuning:
         what = self.encoder, self.see, self.images, start, self.settings, where
         return finetune(*what, scratch=self.scratch, keep=keep)
 
-    def on(self, draw: Draw, probed: nn.Linear) -> float:
-        """The test accuracy with these labelled images alone."""
+    def on(self, draw: Draw, probed: nn.Linear) -> tuple[float, int]:
+        """(test accuracy, steps) with these labelled images alone, whose probe is the optimum."""
         few = replace(
             self,
             images=self.images.labelled(draw.chosen),
             h=self.h.labelled(draw.chosen),
-            settings=replace(self.settings, seed=draw.seed),
+            settings=replace(self.settings, seed=draw.seed, probe="lbfgs"),
         )
-        return few.run(probed, draw.name).test_accuracy
+        found = few.run(probed, draw.name)
+        return found.test_accuracy, found.steps
 
 
 def measure(
@@ -354,7 +358,7 @@ def measure_baselines(
 
 
 def tell(measured: dict[str, Measured], settings: EvaluationSettings) -> None:
-    """What was measured, for people."""
+    """What the pretrained encoder reached, class by class, as soon as it is measured."""
     *_, ours = measured.values()
     if ours.probe is not None:
         train, test = fn.percent(ours.probe.train_accuracy), fn.percent(ours.probe.test_accuracy)
@@ -364,10 +368,6 @@ def tell(measured: dict[str, Measured], settings: EvaluationSettings) -> None:
         test = fn.percent(ours.finetuned.test_accuracy)
         print(f"fine-tuned in {ours.finetuned.steps:,} steps: {settings.held_out} {test}")
         fn.print_per_class(ours.finetuned.per_class)
-    if settings.measures:
-        print_table(measured, settings.held_out)
-    if ours.few_labels:
-        print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
 
 
 @torch.no_grad()
@@ -420,7 +420,8 @@ def features_of(model: nn.Module, images: Labelled, settings: EvaluationSettings
 
 
 def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> None:
-    """The figures of what was measured. The numbers are to be saved before."""
+    """The figures of what was measured, and at last all accuracies at a glance, and what to open
+    first. The numbers are to be saved before."""
     measured, h = evaluation.measured, evaluation.features
     *_, ours = measured.values()
     if ours.probe is not None:
@@ -464,6 +465,10 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
         title = Path(settings.evaluate_on or settings.dataset).name
         sure = evaluation.certainty.values if evaluation.certainty else None
         explore(evaluation.looked, points, title, seed, folder / "explore.html", sure)
+    if settings.measures:
+        print_table(measured, settings.held_out)
+    if ours.few_labels:
+        print_few_labels(few_labels(measured), settings.held_out, settings.label_seeds)
     there = [str(folder / name) for name in OPEN_FIRST if (folder / name).is_file()]
     if there:
         print(f"to open first: {', '.join(there[:3])}")
@@ -479,5 +484,5 @@ def print_table(measured: dict[str, Measured], held_out: str) -> None:
     print()
     fn.print_columns(rows)
     if "fine-tuned" in methods and len(measured) > 1:
-        print("  fine-tuned, the untrained encoder is the same network trained from scratch")
+        print(FROM_SCRATCH)
     print()

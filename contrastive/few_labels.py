@@ -24,8 +24,8 @@ class Draw:
     name: str
 
 
-# Fine-tunes on the labelled images of a draw, from their linear probe; returns its test accuracy.
-FineTune = Callable[[Draw, nn.Linear], float]
+# Fine-tunes on the labelled images of a draw, from their linear probe: test accuracy, and steps.
+FineTune = Callable[[Draw, nn.Linear], tuple[float, int]]
 
 
 @dataclass
@@ -97,11 +97,15 @@ class Amount:
         return fn.stratified_subset(labels, self.fraction or 1.0, seed)
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Raises UserError where a class would have no label."""
-        if self.fraction is None:
-            return
+        """Raises UserError where a class would have no label, and says where it has fewer than are
+        asked for."""
         counts = labels.bincount(minlength=len(classes)).clamp_min(1)
         least, name = int(counts.min()), classes[int(counts.argmin())]
+        if self.fraction is None:
+            if self.per_class is not None and self.per_class > least:
+                asked = f"--labels_per_class {self.per_class}"
+                fn.note(f"{asked}: {name} has {least:,} training images, and gives all of them")
+            return
         problem = f"--label_fractions {self.fraction:g} leaves {name} ({least:,} labels) without"
         check(round(self.fraction * least) >= 1, f"{problem}: take at least {1 / least:.2g}")
 
@@ -110,7 +114,7 @@ class Amount:
 class FewLabels:
     """Test accuracies with a few labels, one for each draw of which images have them.
 
-    images: how many those are.
+    images: how many those are. finetuned_steps: how many each of its fine-tunings took.
     """
 
     amount: Amount
@@ -118,6 +122,7 @@ class FewLabels:
     knn_accuracies: list[float] = field(default_factory=list)
     probe_accuracies: list[float] = field(default_factory=list)
     finetuned_accuracies: list[float] = field(default_factory=list)
+    finetuned_steps: list[int] = field(default_factory=list)
 
     def accuracies(self) -> dict[str, list[float]]:
         """{how: an accuracy for each draw} of what was measured."""
@@ -137,6 +142,7 @@ class FewLabels:
             "knn_accuracies": self.knn_accuracies,
             "probe_accuracies": self.probe_accuracies,
             "finetuned_accuracies": self.finetuned_accuracies,
+            "finetuned_steps": self.finetuned_steps,
         }
         return {name: value for name, value in found.items() if value not in (None, [])}
 
@@ -154,6 +160,10 @@ def measure_few_labels(
     optimum = replace(settings, probe="lbfgs")
     for amount in settings.label_amounts:
         few = FewLabels(amount)
+        if finetune is not None:
+            print(
+                f"  fine-tuning with labels for {amount}, {settings.label_seeds} times", flush=True
+            )
         for i in range(settings.label_seeds):
             seed = settings.seed + i  # the same draws for every encoder: a paired comparison
             chosen = amount.choose(features.train_labels, seed)
@@ -165,9 +175,14 @@ def measure_few_labels(
             few.probe_accuracies.append(probe(part, optimum, classifier).test_accuracy)
             if finetune is not None:
                 draw = Draw(chosen, seed, f"{amount.file_name}-{i}")
-                few.finetuned_accuracies.append(finetune(draw, classifier))
+                accuracy, steps = finetune(draw, classifier)
+                few.finetuned_accuracies.append(accuracy)
+                few.finetuned_steps.append(steps)
         found.append(few)
     return found
+
+
+FROM_SCRATCH = "  fine-tuned, the untrained encoder is the same network trained from scratch"
 
 
 def mean_and_deviation(accuracies: Sequence[float]) -> str:
@@ -192,4 +207,6 @@ def print_few_labels(few: dict[str, list[FewLabels]], held_out: str, draws: int)
         rows.append([str(each.amount), *map(mean_and_deviation, cells)])
     print(f"  {held_out} accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
     fn.print_columns(rows)
+    if any(how == "fine-tuned" for _, how in columns):
+        print(FROM_SCRATCH)
     print()

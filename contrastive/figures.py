@@ -95,6 +95,8 @@ def plot_few_labels(
             )
             if not measured:
                 continue
+            if "fine-tuned" in methods and name == "untrained encoder":
+                name += "\n(fine-tuned: from scratch)"
             x = [count for count, _ in measured]
             y = np.array([accuracies for _, accuracies in measured])  # (amounts, draws)
             means, spread = y.mean(axis=1), y.std(axis=1, ddof=min(1, y.shape[1] - 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from functions import Subset
 
 RIGHT, WRONG = "tab:green", "tab:red"
 CELL = 0.75  # inches that an image of a grid takes
-THUMBNAIL = 64  # pixels of a side, at most: TensorBoard lays all of them side by side in one image
 
 
 @dataclass
@@ -68,10 +66,10 @@ def some_of_each(labels: Tensor, most: int, seed: int) -> Tensor:
     return chosen[order[:most]].sort().values
 
 
-def worst_pairs(looked: Looked, classes: int = 3) -> list[tuple[int, int, int]]:
-    """For the classes that are recognised worst, what each is most often taken for.
+def worst_pairs(looked: Looked) -> list[tuple[int, int, int]]:
+    """What each class is most often taken for: (class, taken for, how often).
 
-    (class, taken for, how often), the worst class first; without those that are never mistaken.
+    That which is recognised worst comes first; without those that are never mistaken.
     """
     labels, predicted = looked.h.test_labels, looked.predicted
     k = len(looked.h.classes)
@@ -81,7 +79,7 @@ def worst_pairs(looked: Looked, classes: int = 3) -> list[tuple[int, int, int]]:
     accuracy = counts.diagonal() / total.clamp_min(1)
     accuracy[total == 0] = torch.inf  # a class without test images is not known to be hard
     counts.fill_diagonal_(0)
-    pairs = [(c, int(counts[c].argmax())) for c in accuracy.argsort()[:classes].tolist()]
+    pairs = [(c, int(counts[c].argmax())) for c in accuracy.argsort().tolist()]
     return [(c, other, int(counts[c, other])) for c, other in pairs if counts[c, other]]
 
 
@@ -165,23 +163,36 @@ def plot_neighbours(looked: Looked, seed: int, file: Path, most: int = 10, k: in
 
 
 @fn.drawing
-def plot_confused(looked: Looked, file: Path, most: int = 10) -> None:
-    """For the three worst classes, the images that are most surely taken for another class."""
-    h, predicted = looked.h, looked.predicted
+def plot_confused(looked: Looked, file: Path, most: int = 3, each: int = 6) -> None:
+    """Of the worst classes, pairs of one and what it is most often taken for: the images that are
+    most surely taken for the other, both ways."""
+    h = looked.h
     rows: dict[str, list[Cell | None]] = {}
-    for label, other, count in worst_pairs(looked):
-        mistaken = ((h.test_labels == label) & (predicted == other)).nonzero().flatten()
-        surest = mistaken[looked.probabilities[mistaken, other].argsort(descending=True)][:most]
+    pairs: dict[frozenset[int], tuple[int, int, int]] = {}
+    for pair in worst_pairs(looked):
+        pairs.setdefault(frozenset(pair[:2]), pair)  # the way round that begins with the worse one
+    for label, other, count in [*pairs.values()][:most]:
         total = int((h.test_labels == label).sum())
         names = (fn.shown(h.classes[name], 16) for name in (label, other))
-        rows[f"{', taken for '.join(names)}: {count} of {total}"] = [
-            Cell(one(looked.test, i), words=f"{looked.probabilities[i, other]:.0%} sure")
-            for i in surest.tolist()
-        ]
+        row = [*taken_for(looked, label, other, each), *taken_for(looked, other, label, each)]
+        rows[f"{', taken for '.join(names)}: {count} of {total}"] = row
     if rows:
-        draw_grid(rows, "What the worst three classes are taken for", file)
+        title = "The worst classes, taken for another (left), and that one for them (right)"
+        draw_grid(rows, title, file, after=[each - 1])
     else:
         print(f"no confused pairs: no {h.held_out} image is mistaken")
+
+
+def taken_for(looked: Looked, label: int, other: int, most: int) -> list[Cell | None]:
+    """The test images of a class that are most surely taken for another; as many cells as that."""
+    mistaken = (looked.h.test_labels == label) & (looked.predicted == other)
+    images, name = mistaken.nonzero().flatten(), looked.h.classes[other]
+    surest = images[looked.probabilities[images, other].argsort(descending=True)][:most].tolist()
+    row: list[Cell | None] = [None] * most
+    for place, i in enumerate(surest):
+        words = f"{fn.shown(name, 10)}, {looked.probabilities[i, other]:.0%}"
+        row[place] = Cell(one(looked.test, i), words=words)
+    return row
 
 
 @fn.drawing
@@ -266,31 +277,6 @@ def plot_errors(points: np.ndarray, looked: Looked, file: Path) -> None:
     fn.save_figure(figure, file)
 
 
-@fn.drawing
-def write_projector(looked: Looked, seed: int, folder: Path, most: int = 2000) -> None:
-    """The test images for TensorBoard's embedding projector: h, thumbnails, classes."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    h = looked.h
-    chosen = some_of_each(h.test_labels, most, seed)
-    thumbnails = torch.stack([thumbnail(looked.test, i, THUMBNAIL) for i in chosen.tolist()])
-    names = [fn.shown(name) for name in h.classes]
-    predicted = looked.predicted
-    rows: list[Any] = [
-        [names[int(h.test_labels[i])], names[int(predicted[i])], fn.shown(looked.test_files[i])]
-        for i in chosen.tolist()
-    ]
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_embedding(
-            h.test[chosen],
-            metadata=rows,
-            metadata_header=["class", "predicted", "file"],
-            label_img=thumbnails / 255,
-            tag="h",
-        )
-    print(f"  TensorBoard's projector: tensorboard --logdir {folder}")
-
-
 def look(looked: Looked, points: np.ndarray | None, seed: int, folder: Path) -> None:
     """All of it into a run's folder; points (N, 2) are the map of the test images, if there is
     one."""
@@ -299,4 +285,3 @@ def look(looked: Looked, points: np.ndarray | None, seed: int, folder: Path) -> 
     plot_typical(looked, folder / "typical.png")
     if points is not None:
         plot_errors(points, looked, folder / "tsne_errors.png")
-    write_projector(looked, seed, folder / "projector")

@@ -422,6 +422,16 @@ def test_a_share_that_leaves_a_class_without_a_label_is_refused():
     enough.check(labels, ("a", "b"))
 
 
+def test_more_labels_than_a_class_has_are_said_to_be_all_of_them(capsys):
+    labels = torch.tensor([0] * 100 + [1] * 20)
+    few, many = make_config(labels_per_class="20,21").label_amounts
+    few.check(labels, ("a", "b"))
+    assert capsys.readouterr().err == ""
+    many.check(labels, ("a", "b"))
+    said = "note: --labels_per_class 21: b has 20 training images, and gives all of them\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     ("accuracies", "words"),
     [([0.5], "50.0 %"), ([0.5, 0.7], "60.0 ± 14.1 %"), ([1.0, 1.0, 1.0], "100.0 ± 0.0 %")],

@@ -200,8 +200,11 @@ class Page:
 def opened(tmp_path_factory):
     torch.manual_seed(0)
     there = Page(page(tmp_path_factory.mktemp("explore")))
-    yield there
-    there.driver.quit()
+    try:
+        yield there
+        assert there.errors() == [], "the console's"
+    finally:
+        there.driver.quit()
 
 
 @needs_a_browser
@@ -312,12 +315,6 @@ def test_the_colours_say_the_class_or_how_sure_it_is(opened):
     opened.wait(lambda: [drawn(i) for i in (1, 5, 7, 17)] == classes)
     assert [in_the_legend(k) for k in range(3)] == shades
     assert "the surest" not in opened.text()
-
-
-@needs_a_browser
-@pytest.mark.slow
-def test_the_console_has_no_error(opened):
-    assert opened.errors() == []
 
 
 @needs_a_browser

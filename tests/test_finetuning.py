@@ -10,7 +10,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive import finetuning
+from contrastive import evaluation, finetuning
 from contrastive.evaluation import Tuning
 from contrastive.few_labels import Draw
 from contrastive.finetuning import FineTuning, Labelled, Start, batches, finetune, split
@@ -175,6 +175,22 @@ def test_the_probe_it_begins_as_does_not_know_the_images_that_choose_the_epoch(
     h.train[begun[1][0]] += 100
     tuning.run(whole, "x")
     assert not torch.equal(begun[0], before)
+
+
+def test_many_of_few_labels_begin_with_the_optimum_as_few_do(encoder, tmp_path, monkeypatch):
+    """Where some of a draw are held out the probe is fitted anew: not by --probe."""
+    images, h = colours(per_class=100), torch.randn(300, 8)
+    features = Features(h, images.train_labels, h[:30], images.test_labels, images.classes)
+    asked = []
+    monkeypatch.setattr("contrastive.evaluation.probe", lambda _, how, __: asked.append(how.probe))
+    tuning = Tuning(encoder, See(), images, features, settings(probe="sgd"), tmp_path)
+    everything = torch.arange(300)
+    tuning.on(Draw(everything[:297], 0, "few"), new(everything).classifier)
+    assert asked == []  # 99 of a class: all are trained on
+    accuracy, steps = tuning.on(Draw(everything, 0, "more"), new(everything).classifier)
+    assert asked == ["lbfgs"]
+    assert 0 <= accuracy <= 1
+    assert steps == json.loads((tmp_path / "more/outcome.json").read_text())["steps"]
 
 
 def test_each_draw_is_a_training_of_its_own(encoder, tmp_path):
@@ -407,8 +423,20 @@ def test_images_are_flipped_as_in_pretraining(image_folder, run_here, tmp_path, 
         assert flips == {expected}
 
 
-def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run_here, tmp_path):
+def test_both_arms_end_to_end_have_the_same_steps_and_labels(
+    image_folder, run_here, tmp_path, monkeypatch
+):
     """Pretrained and from scratch, with few labels, and with all; what is left on disk."""
+    learned_from = {}
+    train = evaluation.finetune
+
+    def noted(encoder, see, images, start, settings, folder, **more):
+        if folder.parent.name in ("finetuning", "from-scratch"):
+            drawn = learned_from.setdefault(folder.name, [])
+            drawn.append((images.train.chosen.tolist(), images.train_labels.tolist()))
+        return train(encoder, see, images, start, settings, folder, **more)
+
+    monkeypatch.setattr(evaluation, "finetune", noted)
     flags = ["--dataset", image_folder, "--image_size", 8, *NARROW, "--epochs", 1]
     flags += ["--batch_size", 32, "--knn_k", 5, "--output_dir", "out", "--probe", "lbfgs"]
     flags += ["--stages", "pretrain,knn,probe,finetune", "--finetune_epochs", 2]
@@ -429,6 +457,14 @@ def test_both_arms_end_to_end_have_the_same_steps_and_labels(image_folder, run_h
         json.loads(file.read_text()) for file in (tmp_path / "out").rglob("2-per-class*/*.json")
     ]
     assert [each["steps"] for each in outcomes] == [4] * 4
+    assert two["finetuned_steps"] == scratch["few_labels"][0]["finetuned_steps"] == [4, 4]
+    assert tenth["finetuned_steps"] == scratch["few_labels"][1]["finetuned_steps"]
+    assert len(learned_from) == 4  # two amounts, two draws of each, the same for both arms
+    assert all(ours == theirs for ours, theirs in learned_from.values())
+    assert learned_from["2-per-class-0"] != learned_from["2-per-class-1"]
+    *_, table, first = done.stdout.rstrip().split("\n\n")[-2:]
+    assert "fine-tuned, the untrained encoder is the same network trained from scratch" in table
+    assert first.startswith("to open first: out/few_labels.png")
     assert [each["labels"] for each in outcomes] == [6] * 4
 
     assert not list((tmp_path / "out").glob("f*/**/*.ckpt"))

@@ -58,7 +58,7 @@ WITHIN = {  # a file in a folder, and its neighbours that it may import
     "contrastive/probe.py": set(),
     "contrastive/few_labels.py": {"probe"},
     "contrastive/finetuning.py": {"probe"},
-    "contrastive/features.py": set(),
+    "contrastive/features.py": {"looking"},
     "contrastive/looking.py": {"probe"},
     "contrastive/representation.py": set(),
     "contrastive/scores.py": set(),

@@ -13,7 +13,7 @@ from PIL import Image
 
 import functions as fn
 import simCLR
-from contrastive import evaluation, figures, looking, sets
+from contrastive import evaluation, features, figures, looking, sets
 from contrastive.looking import Cell, Looked
 from contrastive.probe import Features
 
@@ -52,7 +52,6 @@ def test_the_worst_pairs_are_those_of_the_confusion_matrix():
     """a: 2 of 3 wrong (once b, ... twice c); b: 1 of 3 wrong; c: never."""
     seen = looked([0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 1, 1, 2, 2, 2])
     assert looking.worst_pairs(seen) == [(0, 2, 2), (1, 2, 1)]
-    assert looking.worst_pairs(seen, classes=1) == [(0, 2, 2)]
     assert looking.worst_pairs(looked([0, 1], [0, 1])) == []  # c has no image, nothing is wrong
 
 
@@ -112,7 +111,9 @@ def test_what_lies_on_a_sheet_is_small(tmp_path):
     assert (small - expected[0]).abs().max() <= 1.0  # it is rounded
     assert torch.equal(looking.thumbnail(seen.test, 1, 300), seen.test[1])
 
-    looking.write_projector(seen, 0, tmp_path)
+    pictures = features.small([seen.test[:1], seen.test[1:]], torch.tensor([0, 2]))
+    assert torch.equal(pictures[1], looking.thumbnail(seen.test, 2, 64))
+    features.write_projector(torch.randn(2, 4), pictures, [["a", "train", "0.png"]] * 2, tmp_path)
     (sheet,) = tmp_path.rglob("sprite.png")
     with Image.open(sheet) as image:
         assert image.size == (128, 128)
@@ -145,15 +146,29 @@ def test_right_neighbours_are_framed_and_wrong_ones_named(monkeypatch, tmp_path)
 
 
 def test_the_most_surely_mistaken_come_first(monkeypatch, tmp_path):
-    seen = looked([0, 0, 0, 1], [1, 1, 0, 1], ("cat", "dog"))
+    """A pair stands there once, the worse class first."""
+    seen = looked([0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1], ("cat", "dog"))
     seen.probabilities[:2] = torch.tensor([[0.4, 0.6], [0.1, 0.9]])
     grids = []
     monkeypatch.setattr(looking, "draw_grid", lambda rows, *a, **k: grids.append(rows))
     looking.plot_confused(seen, tmp_path / "x.png")
     ((name, cells),) = grids[0].items()
     assert name == "cat, taken for dog: 2 of 3"
-    assert [cell.words for cell in cells] == ["90% sure", "60% sure"]
+    assert [cell and cell.words for cell in cells[:3]] == ["dog, 90%", "dog, 60%", None]
     assert torch.equal(cells[0].image, seen.test[1])
+    assert torch.equal(cells[6].image, seen.test[3])  # the right half: dogs taken for cats
+    assert [cell and cell.words for cell in cells[6:]] == ["cat, 90%", *[None] * 5]
+
+
+def test_a_pair_stands_where_its_worse_class_does(monkeypatch, tmp_path):
+    """cat is worst (dog), then bird (deer), then dog (cat): that pair has been there."""
+    labels = [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    predicted = [1, 1, 1, 0] + [0, 1, 1, 1] + [3, 3, 2, 2] + [3] * 4
+    grids = []
+    monkeypatch.setattr(looking, "draw_grid", lambda rows, *a, **k: grids.append(rows))
+    seen = looked(labels, predicted, ("cat", "dog", "bird", "deer"))
+    looking.plot_confused(seen, tmp_path / "x.png")
+    assert list(grids[0]) == ["cat, taken for dog: 3 of 4", "bird, taken for deer: 2 of 4"]
 
 
 def test_a_perfect_probe_confuses_nothing(tmp_path, capsys):
@@ -206,13 +221,29 @@ def test_looking_leaves_its_figures(image_folder, pretrained, run, tmp_path):
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 100
     assert (out / "confused.png").is_file() != ("no confused pairs" in done.stdout)
-    (labels,) = (out / "projector").rglob("metadata.tsv")
-    header, *rows = labels.read_text().splitlines()
-    assert header.split("\t") == ["class", "predicted", "file"]
-    assert len(rows) == 24
-    assert sorted({row.split("\t")[0] for row in rows}) == ["blue", "green", "red"]
-    assert rows[0].split("\t")[2].startswith("test/")
-    assert list((out / "projector").rglob("sprite.png"))
+
+
+def test_a_page_to_explore_of_a_folder_whose_names_look_like_html(
+    image_folder, pretrained, run_here, tmp_path
+):
+    """Names from disk are data; digits, which have no files, have a page too."""
+    evil = "<img src=x onerror=alert(1)>"
+    shutil.copytree(image_folder, tmp_path / "mine")
+    for split in ("train", "test"):
+        (tmp_path / "mine" / split / "red").rename(tmp_path / "mine" / split / evil)
+    (tmp_path / "mine/test" / evil / "000.png").rename(
+        tmp_path / "mine/test" / evil / f"{evil}.png"
+    )
+    for name in ("mine", "digits"):
+        flags = ["--checkpoint", pretrained, "--stages", "explore", "--probe", "lbfgs"]
+        flags += ["--evaluate_on", name, "--output_dir", f"out-{name}"]
+        done = run_here("simCLR.py", *flags, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"to open first: out-{name}/explore.html" in done.stdout
+        page = (tmp_path / f"out-{name}/explore.html").read_text("utf-8")
+        assert 10_000 < len(page.encode()) < 10e6
+        assert "<img src=x" not in page
+        assert ("src=x onerror" in page) == (name == "mine")
 
 
 def test_features_are_those_of_the_encoder_with_the_names_of_their_files(
@@ -226,6 +257,14 @@ def test_features_are_those_of_the_encoder_with_the_names_of_their_files(
     assert taken["h"].dtype == np.float32
     assert taken["classes"].tolist() == ["blue", "green", "red"]
     assert taken["splits"].tolist() == ["train"] * 300 + ["test"] * 24
+    assert list((tmp_path / "out/projector").rglob("sprite.png"))
+    (vectors,) = (tmp_path / "out/projector").rglob("tensors.tsv")
+    (labels,) = (tmp_path / "out/projector").rglob("metadata.tsv")
+    header, *rows = (line.split("\t") for line in labels.read_text().splitlines())
+    assert header == ["class", "split", "file"]
+    named = [taken["classes"][label] for label in taken["labels"]]
+    assert rows == [list(row) for row in zip(named, taken["splits"], taken["files"], strict=True)]
+    np.testing.assert_allclose(np.loadtxt(vectors), taken["h"], rtol=1e-5)
 
     i = taken["files"].tolist().index("test/green/003.png")
     assert taken["classes"][taken["labels"][i]] == "green"
@@ -264,6 +303,8 @@ def test_features_of_a_flat_folder_of_grey_images_of_mixed_sizes(pretrained, run
     assert taken["labels"].tolist() == [-1, -1, -1]
     assert taken["splits"].tolist() == ["train"] * 3
     assert taken["classes"].tolist() == []
+    (labels,) = (tmp_path / "out/projector").rglob("metadata.tsv")
+    assert labels.read_text().splitlines()[1] == "-\ttrain\t0.png"
 
 
 def test_transfer_shows_another_set_as_the_encoder_has_seen_its_own(
