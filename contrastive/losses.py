@@ -183,9 +183,14 @@ SHARE, PENALTY = 0.1, 0.005  # of kappa: what it adds to NT-Xent
 
 
 def latent_classes(outputs: Tensor) -> Tensor:
-    """p(c | x), the distribution over K latent classes: (B, K) -> (B, K), each row sums to 1."""
-    positive = F.softplus(outputs, beta=BETA)
-    return positive / positive.sum(1, keepdim=True).clamp_min(1e-12)
+    """p(c | x), the distribution over K latent classes: (B, K) -> (B, K), each row sums to 1.
+
+    softplus(beta x) over its sum, by way of its logarithm: that of a large negative number is the
+    number itself, where softplus is too small for a float.
+    """
+    x = BETA * outputs
+    log = torch.where(x < -15, x, F.softplus(x.clamp_min(-15)).log())
+    return log.softmax(1)
 
 
 def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
@@ -197,11 +202,15 @@ def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
 
         p(x_j | x_i) / p(x_j) = sum over c of p(c | x_i) p(c | x_j) / p(c) = K <p_i, q_j>
 
-    where all classes are as frequent: the score that InfoNCE looks for (van den Oord et al. 2018,
-    arXiv 1807.03748, Eq. 2). So the logits are log(N <p_i, q_j>) / tau, with a factor that no
-    softmax sees, and the loss is their cross-entropy in both directions. The negatives of a first
-    view are the second views of the other images, and the other way round. A distribution over few
-    classes is sure, one over all matches whatever there is, and certainty is 1 - H(p) / log K.
+    where all classes are as frequent, and views of a class are independent: the score that InfoNCE
+    looks for (van den Oord et al. 2018, arXiv 1807.03748, Eq. 2). So the logits are
+    log(N <p_i, q_j>) / tau, with a factor that no softmax sees, and the loss is their cross-entropy
+    in both directions. At tau = 1 that is Bayes; a lower one asks for more than a match by chance.
+    Chances below FLOOR count as FLOOR: a pair that shares no class has no gradient.
+
+    The negatives of a first view are the second views of the other images, and the other way round.
+    A distribution over few classes is sure, one over all matches whatever there is, and certainty
+    is 1 - H(p) / log K.
     """
     p, q = latent_classes(outputs).chunk(2)
     logits = (len(p) * (p @ q.T).clamp_min(FLOOR)).log() / temperature
@@ -219,8 +228,12 @@ def tau_loss(outputs: Tensor, temperature: float) -> Tensor:
     """Temperature as uncertainty (Zhang et al. 2021, arXiv 2110.04403). (2N, D + 1) -> a scalar.
 
     NT-Xent, where each image has a say in its temperature: its logits are c_i sim(z_i, z_k) / tau
-    with c_i = sigmoid(u_i). An image that is like many others loses less if it claims less, and
-    certainty is c.
+    with c_i = sigmoid(u_i). With p_ik the softmax of those logits, the slope of its loss is
+
+        d l_i / d c_i = (sum over k of p_ik sim(z_i, z_k) - sim(z_i, z_i+)) / tau
+
+    so that c_i grows as long as the partner is nearer than the others are, weighted as the softmax
+    weights them. An image that is like many others loses less if it claims less: certainty is c.
     """
     z, u = F.normalize(outputs[:, :-1], dim=1), outputs[:, -1:]
     logits = torch.sigmoid(u) * (z @ z.T) / temperature
@@ -247,6 +260,10 @@ def mc_infonce_loss(outputs: Tensor, temperature: float) -> Tensor:
     embeddings that would do. Each has a direction mu and a concentration kappa here, S samples z
     are drawn of each, and the likelihood that NT-Xent takes the logarithm of is averaged over
     them. Certainty is kappa.
+
+    The paper draws from the von Mises-Fisher distribution, and negatives from a bank. Here the
+    Power Spherical one takes its place, which needs no rejection, and negatives are the batch's;
+    the paper's kappa of positives is 1 / tau.
     """
     mu, kappa = F.normalize(outputs[:, :-1], dim=1), concentration(outputs)
     return mean_likelihood(power_spherical(mu, kappa, SAMPLES), temperature)
@@ -257,7 +274,7 @@ def mean_likelihood(samples: Tensor, temperature: float) -> Tensor:
 
         l_i = log S - logsumexp over s of (z_i z_i+ / tau - logsumexp over k != i of z_i z_k / tau)
 
-    With kappa at infinity all samples are mu, and it is NT-Xent; 1 / tau is its kappa of positives.
+    With kappa at infinity all samples are mu, and it is NT-Xent.
     """
     count = samples.shape[1]
     rows = torch.arange(count, device=samples.device)
@@ -306,8 +323,9 @@ def kappa_loss(outputs: Tensor, temperature: float) -> Tensor:
     """NT-Xent with a concentration beside it (after Li et al. 2024, arXiv 2405.16460). (2N, D + 1)
     -> a scalar.
 
-    What is added, - lambda (kappa_1 + kappa_2) mu_1 . mu_2 + an l2 penalty on kappa, has its
-    least value where kappa says how much alike an image's views are. Certainty is kappa.
+    What is added is - lambda (kappa_1 + kappa_2) mu_1 . mu_2, and an l2 penalty on kappa, of weight
+    w. It is least where kappa = lambda mu_1 . mu_2 / (2 w), ten times the cosine here: kappa says
+    how much alike an image's views are, and is certainty.
     """
     first, second = F.normalize(outputs[:, :-1], dim=1).chunk(2)
     one, other = kappa_certainty(outputs).chunk(2)

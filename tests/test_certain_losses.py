@@ -40,11 +40,11 @@ def slow_latent_class(outputs, tau):
     n = len(outputs) // 2
     p = []
     for row in outputs.tolist():
-        raw = [softplus(x, losses.BETA) for x in row]
+        raw = [softplus(x, 0.8) for x in row]
         p.append([value / sum(raw) for value in raw])
 
     def chance(i, j):
-        return max(losses.FLOOR, sum(a * b for a, b in zip(p[i], p[n + j], strict=True)))
+        return max(1e-4, sum(a * b for a, b in zip(p[i], p[n + j], strict=True)))
 
     match = [[chance(i, j) for j in range(n)] for i in range(n)]
     total = 0.0
@@ -80,9 +80,10 @@ SLOW = {"latent_class": slow_latent_class, "tau": slow_tau, "kappa": slow_kappa}
 
 
 @pytest.mark.parametrize("loss", EXACT)
-@pytest.mark.parametrize("tau", [0.2, 1.0])
-def test_the_loss_is_its_formula(loss, tau):
-    outputs = 3 * randn(10, 6)
+@pytest.mark.parametrize(("tau", "size"), [(0.2, 3), (1.0, 3), (0.5, 30)])
+def test_the_loss_is_its_formula(loss, tau, size):
+    """With 30 latent classes are so certain that some images have none in common."""
+    outputs = size * randn(10, 6)
     expected = SLOW[loss](outputs, tau)
     assert float(certain_loss(outputs, loss, tau)) == pytest.approx(expected, rel=1e-9)
 
@@ -98,6 +99,21 @@ def test_the_mean_likelihood_is_its_formula():
             likelihoods.append(near[(i + 4) % 8] / below)
         total -= math.log(sum(likelihoods) / 3)
     assert float(mean_likelihood(samples, tau)) == pytest.approx(total / 8, rel=1e-9)
+
+
+def test_mc_infonce_is_the_mean_likelihood_of_samples_around_each_image():
+    """Sixteen of each, around mu with kappa = 8 D softplus(u) / log 2; and so is its gradient."""
+    outputs = randn(8, 6).requires_grad_()
+    torch.manual_seed(3)
+    ours = certain_loss(outputs, "mc_infonce", 0.3)
+    torch.manual_seed(3)
+    kappa = 40 / math.log(2) * F.softplus(outputs[:, 5])
+    samples = power_spherical(F.normalize(outputs[:, :5], dim=1), kappa, 16)
+    expected = mean_likelihood(samples, 0.3)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
+    found, known = (torch.autograd.grad(loss, outputs)[0] for loss in (ours, expected))
+    torch.testing.assert_close(found, known)
+    assert found[:, 5].abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("loss", EXACT)
@@ -120,6 +136,16 @@ def test_the_mean_likelihood_keeps_no_matrix_of_similarities():
     with hooks:
         mean_likelihood(samples, 0.4)
     assert max(kept) <= samples.numel() < 64 * 64
+
+
+def test_nor_does_the_order_of_images_matter_to_the_mean_likelihood():
+    samples = F.normalize(randn(3, 2, 7, 4), dim=3)
+    order = torch.randperm(7)
+    found = [
+        float(mean_likelihood(part.flatten(1, 2), 0.3))
+        for part in (samples, samples[:, :, order], samples.flip(1), samples.flip(0))
+    ]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", EXACT)
@@ -207,6 +233,21 @@ def test_one_class_is_sure_and_all_classes_are_not():
     assert float(certainty(half)) == pytest.approx(1 - math.log(2) / math.log(16), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [-10.0, -60.0, -1e3])
+def test_of_no_class_is_not_sure(size):
+    """Outputs that are all as low are no class more than another, however low; in float32."""
+    outputs = torch.full((2, 16), size)
+    outputs[1, 0] += 2
+    p = losses.latent_classes(outputs.requires_grad_())
+    torch.testing.assert_close(p.sum(1), torch.ones(2))
+    torch.testing.assert_close(p[0], torch.full((16,), 1 / 16))
+    assert float(p[1, 0] / p[1, 1]) == pytest.approx(math.exp(0.8 * 2), rel=1e-3)
+    assert CERTAIN["latent_class"].certainty(outputs).tolist()[0] == pytest.approx(0, abs=1e-6)
+    p[1, 0].log().backward()
+    assert outputs.grad.isfinite().all()
+    assert float(outputs.grad[1, 0]) > 0.1
+
+
 # ------------------------------------------------------------------------------------------------
 # The sampler
 # ------------------------------------------------------------------------------------------------
@@ -231,6 +272,33 @@ def test_samples_have_the_moments_of_the_power_spherical_distribution(dim, kappa
     assert height.var(0).tolist() == pytest.approx([variance] * 2, rel=0.1)
     aside = z.mean(0) - height.mean(0)[:, None] * mu  # no direction around mu is preferred
     assert aside.norm(dim=1).max() < 5 * math.sqrt((1 - mean**2) / n)
+    together = torch.corrcoef(height.T)[0, 1]  # each image has samples of its own
+    assert abs(float(together)) < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("dim", [3, 9])
+def test_around_mu_all_directions_are_as_likely(dim):
+    """Of D - 1 coordinates around the pole, E[x_i x_j] = 0 and E[x^4] = 3 / (m (m + 2)), m = D - 1:
+    of points drawn from a cube the second is less."""
+    n, m = 40_000, dim - 1
+    mu = torch.zeros(1, dim, dtype=torch.float64)
+    mu[0, 0] = 1
+    z = power_spherical(mu, torch.tensor([5.0], dtype=torch.float64), n)[:, 0]
+    x = F.normalize(z[:, 1:], dim=1)
+    covariance = x.T @ x / n
+    assert (covariance - torch.eye(m) / m).abs().max() < 5 / (m * math.sqrt(n))
+    fourth = (x**4).mean(0)
+    assert (fourth - 3 / (m * (m + 2))).abs().max() < 0.02 / m
+
+
+@pytest.mark.parametrize("dim", [2, 3, 16])
+@pytest.mark.parametrize("kappa", [0.5, 20.0, 3000.0])
+def test_the_samples_carry_the_gradient_of_their_height(dim, kappa):
+    """Of E[t] = kappa / (kappa + D - 1) with respect to kappa, (D - 1) / (kappa + D - 1)^2."""
+    mu, k = F.normalize(randn(1, dim), dim=1), torch.tensor([kappa], dtype=torch.float64)
+    height = (power_spherical(mu, k.requires_grad_(), 40_000) * mu).sum(2).mean()
+    (found,) = torch.autograd.grad(height, k)
+    assert float(found) == pytest.approx((dim - 1) / (kappa + dim - 1) ** 2, rel=0.05)
 
 
 @pytest.mark.parametrize("dim", [2, 3, 16])
@@ -337,8 +405,10 @@ def test_it_trains_is_measured_and_resumes_to_the_bit(loss, image_folder, run_he
     done = run_here("simCLR.py", "--resume", "parts", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     ours, theirs = (
-        torch.load(tmp_path / name / "encoder.pt", weights_only=True) for name in ("whole", "parts")
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
     )
+    assert any(name.startswith("model.projection_head") for name in ours)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
     flags = ["--dataset", image_folder, "--image_size", 8, "--checkpoint", "whole", "--knn_k", 5]
