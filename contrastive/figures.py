@@ -176,7 +176,7 @@ def print_certainty(found: Certainty, held_out: str) -> None:
     fn.print_columns(rows)
     print(
         "  nearest alike: does it tell where the nearest image is of the same class (AUROC);\n"
-        "  errors last: do the probe's errors come last (AURC: 0 no order, 1 the best);\n"
+        "  errors last: do the probe's errors come last (0: they lie anywhere, 1: all do);\n"
         "  crops, blur, noise: Spearman with how well copies of an image can be seen;\n"
         "  people: with how much people agree;\n"
         f"  against: AUROC of {held_out} images against those of another set"
@@ -218,7 +218,7 @@ def plot_certainty(found: Certainty, file: Path) -> None:
         enough = [one[:2] for one in bins if one[2] * len(found.right) >= 20]
         points = np.array(enough).reshape(-1, 2).T
         axes[2].plot(*points, color=shade, marker="o", markersize=4, label=label)
-    axes[2].set(title="Is the probe's probability right?")
+    axes[2].set(title="Are probabilities right? (a probe on half the labels)")
     axes[2].set(xlabel="its largest probability", ylabel="share that is right")
     axes[2].legend(frameon=False, loc="upper left")
     for axis in axes:

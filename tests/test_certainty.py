@@ -24,6 +24,7 @@ from contrastive.certainty import (
     sharpness,
     ways,
 )
+from contrastive.losses import CERTAIN
 from contrastive.probe import Features
 from contrastive.scores import (
     aurc,
@@ -564,11 +565,29 @@ def test_end_to_end_without_a_class(image_folder, run_here, tmp_path):
     assert "--without_classes" in wrong.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [loss for loss in CERTAIN if loss != "tau"])
+def test_each_loss_is_asked_what_it_has_learned(loss, run_here, tmp_path):
+    """On digits, from pretraining to the figures."""
+    flags = ["--dataset", "digits", "--loss", loss, *NARROW, "--batch_size", 200, "--epochs", 1]
+    flags += ["--stages", "pretrain,certainty", "--probe", "lbfgs", "--no-baselines", "--flip", 0]
+    flags += ["--other_sets", "noise", "--output_dir", "out"]
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads((tmp_path / "out/results.json").read_text())["certainty"]["ways"]
+    assert set(found) == COMMON | {"norm of z", loss}
+    low, *_, high = found[loss]["quantiles"]
+    assert low < high
+    assert found[loss]["others"]["noise"] is not None
+    assert (tmp_path / "out/surest.png").is_file()
+
+
 def test_harder_images_are_what_they_are_called():
     """Whole ones stay, a crop keeps what it shows, blur takes contrast, noise adds its own."""
     images = torch.rand(4, 3, 32, 32)
     assert torch.equal(certainty.blurred(images, 0.0), images)
     assert torch.equal(certainty.noisy(images, 0.0), images)
+    torch.testing.assert_close(certainty.cropped(images, 1.0), images)
     assert (
         certainty.blurred(images, 2.0).std() < certainty.blurred(images, 0.5).std() < images.std()
     )

@@ -110,7 +110,8 @@ def test_what_was_measured_on_test_images_has_no_line_among_held_out_ones(tmp_pa
 
 def certain_entry(loss, seed):
     """A run of results/certainty, as its page keeps it."""
-    ways = ["norm of h", "norm of z", "probe's softmax"] + ([] if loss == "nt_xent" else [loss])
+    ways = ["norm of h", "norm of z", "tenth neighbour", "probe's softmax"]
+    ways += [] if loss == "nt_xent" else [loss]
     measures = ("r_auroc", "aurc", "order", "crops", "blur", "noise", "people")
     worth = dict.fromkeys(measures, 0.5 + 0.1 * seed) | {"others": {"data/b": 0.75}}
     worth["quantiles"] = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -119,7 +120,9 @@ def certain_entry(loss, seed):
     entry["seed"] = seed
     entry |= {"linear": 0.6, "knn": 0.5, "macs": 2e14, "seconds": 60}
     entry |= {"processor": "x", "threads": 1, "commit": "abc"}
-    return entry | {"certainty": {"ways": {way: dict(worth) for way in ways}}}
+    calibration = {"expected_error": 0.03, "expected_error_at_temperature": 0.02}
+    ways = {way: dict(worth) for way in ways}
+    return entry | {"certainty": {"ways": ways, "calibration": calibration}}
 
 
 def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
@@ -130,9 +133,8 @@ def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
     page = certainty.page(entries, [certain_entry("tau", 0)])
     assert "| `--loss tau --temperature 0.1` | 50.0 | 60.0 | 0.500 | 0.060 | abc |" in page
     accuracies = "| 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** |"
-    assert (
-        f"| `tau` | `--loss tau --temperature 0.1` {accuracies} 0.5 (0.25 to 0.75) | 0, 1 |" in page
-    )
+    others = "3.0 %, then 2.0 % | 0.5 (0.25 to 0.75) | 0, 1 |"
+    assert f"| `tau` | `--loss tau --temperature 0.1` {accuracies} {others}" in page
     assert "| **tau** | 0.550 ± 0.071 |" in page
     assert "| probe's softmax | 0.550 ± 0.071 |" in page
     assert "| tau: probe's softmax | 0.700 ± 0.283 |" in page
@@ -152,7 +154,7 @@ def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
     with pytest.raises(SystemExit, match="--epochs 1"):
         certainty.page([certain_entry("nt_xent", 0), other], [])
     other["flags"] = "--loss tau --temperature 0.05"
-    with pytest.raises(SystemExit, match="take one temperature"):
+    with pytest.raises(SystemExit, match="take one setting"):
         certainty.page([certain_entry("tau", 0), other], [])
 
 

@@ -28,8 +28,10 @@ from results import measured  # noqa: E402
 CONFIG = "configs/cifar10_certainty.yaml"
 SEARCH = "configs/cifar10_certainty_search.yaml"
 PLAIN = "nt_xent"
+OWN = {"--loss", "--temperature", "--embedding_dim"}  # what each loss may have of its own
 Value = TypeVar("Value")
-BARS = ("norm of z", "probe's softmax")  # of the same encoder: what a certainty has to beat
+# Of the same encoder: what a certainty has to beat.
+BARS = ("norm of z", "tenth neighbour", "probe's softmax")
 ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
 
 # What is asked of a way: {its name in results.json: (its name here, what chance has)}. More is
@@ -56,32 +58,42 @@ with noise; and of up to 2,000 images of another set. Cells are mean ± standard
 seeds; the raw values are in [certainty.json](certainty.json).
 """
 
+COSTS = """\
+Calibration error: by how much, on average, the largest probability of a probe that knows half the
+labels is off from how often it is right; then with the temperature that the other half has set.
+Certainty: its median in seed 0's run, and where nine tenths of the images lie."""
+
 WORDS = """\
+"Learned after" is a small network that has seen, on frozen features, where a probe errs; ten
+augmentations of an image agree or do not, and nothing else is asked of them.
+
 Nearest alike: AUROC with which a certainty tells the test images whose nearest test image is of the
 same class. Errors last: do the probe's errors come last in its order; 0 is no order, 1 the best
 there is (from the area under risk over coverage, which stands in the JSON file). Crops, blur,
-noise: Spearman with how well an image can be seen, of copies of the same image, on average. People:
-Spearman with how much they agree on it (CIFAR-10H). Against another set: AUROC of the test images
-against it; .5 is chance, and below that the other set is found the surer.
+noise: Spearman with how well an image can be seen, of six copies of the same image, on average (a
+crop is enlarged, which blurs it as well). People: Spearman with how much they agree on it
+(CIFAR-10H). Against another set: AUROC of the test images against it; .5 is chance, and below that
+the other set is found the surer.
 
-First stands what needs no encoder, the sharpness of the pixels, and what plain SimCLR offers; then,
-in bold, what each loss has learned, and below it what it has to beat, on the same encoder: the norm
-of its embedding, which no label has seen either, and the largest probability of a probe, which has
-seen all labels (as have entropy and what is learned after)."""
+First stands what plain SimCLR offers, and the sharpness of the pixels, which needs no encoder;
+then, in bold, what each loss has learned, and below it what it has to beat, on the same encoder:
+the norm of its embedding and how near the tenth neighbour among the training images is, which no
+label has seen either, and the largest probability of a probe, which has seen all labels (as have
+entropy and what is learned after)."""
 
 
 def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more are refused, and
-    so are two temperatures of one loss."""
+    """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more than OWN are
+    refused, and so are two settings of one loss."""
     found: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (PLAIN, *CERTAIN)}
     for one in sorted(entries, key=lambda one: one["seed"]):
         words = one["flags"].split()
         flags = dict(zip(words[::2], words[1::2], strict=True))
         loss = flags.get("--loss", PLAIN)
-        if not set(flags) <= {"--loss", "--temperature"}:
+        if not set(flags) <= OWN:
             sys.exit(f"a run with {one['flags']}: these pages compare losses alone")
         if found[loss] and found[loss][0]["flags"] != one["flags"]:
-            sys.exit(f"{found[loss][0]['flags']} and {one['flags']}: take one temperature")
+            sys.exit(f"{found[loss][0]['flags']} and {one['flags']}: take one setting")
         found[loss].append(one)
     return {loss: some for loss, some in found.items() if some}
 
@@ -111,6 +123,14 @@ def spread(one: dict[str, Any], loss: str) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
+def calibration(some: list[dict[str, Any]]) -> str:
+    """By how much a probe's probabilities are off, before and after its temperature is set."""
+    found = [one["certainty"]["calibration"] for one in some]
+    names = ("expected_error", "expected_error_at_temperature")
+    before, after = (fn.percent(statistics.mean(one[name] for one in found)) for name in names)
+    return f"{before}, then {after}"
+
+
 def mean(values: list[float]) -> str:
     """Mean ± standard deviation, if there are several."""
     if not values:
@@ -122,13 +142,14 @@ def mean(values: list[float]) -> str:
 TEMPERATURE = f"""\
 Each loss has its own: a certainty that scales the logits, or blurs them, is of no use where they
 are already as large as they can be. It is the one whose certainty best tells where the nearest
-image is alike, in short runs (seed 0) measured on held-out training images; where two do so alike
-(the standard error is about .006), the one that costs less accuracy:
+image is alike, in short runs (seed 0) measured on held-out training images; where two do so alike,
+the one that costs less accuracy. With other images of the same kind the numbers would change by
+about .006 (the standard error), with other seeds by more, perhaps:
 
     python simCLR.py --config {SEARCH}
 
-NT-Xent has the temperature of its recipes; `kappa`, which is NT-Xent and a term beside it, has the
-same."""
+Without the flag it is 0.25, which NT-Xent has from its recipes; `kappa`, which is NT-Xent and a
+term beside it, has the same."""
 
 
 def choice(search: list[dict[str, Any]]) -> str:
@@ -152,16 +173,17 @@ def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
     chosen."""
     runs, ways = by_loss(entries), by_way(entries)
     others = list(entries[0]["certainty"]["ways"][BARS[0]]["others"])
-    columns = ["loss", "flags", *ACCURACIES.values(), "certainty", "seeds", measured.MADE]
+    columns = ["loss", "flags", *ACCURACIES.values(), "calibration error", "certainty", "seeds"]
     costs = [
-        f"| {' | '.join(columns)} |",
-        "| --- | --- | --- | --- | --- | --- | ---: | ---: | --- | --- |",
+        f"| {' | '.join(columns)} | {measured.MADE} |",
+        f"|{' --- |' * len(columns)} ---: | ---: | --- | --- |",
     ]
     for loss, some in runs.items():
         cells = [
             f"`{loss}`",
             f"`{some[0]['flags']}`" if some[0]["flags"] else "",
             *(measured.summary([one[name] for one in some]) for name in ACCURACIES),
+            calibration(some),
             spread(some[0], loss),
             ", ".join(str(one["seed"]) for one in some),
             *measured.made(some),
@@ -178,7 +200,7 @@ def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## Does it cost accuracy?", "\n".join(costs)]
-    parts.append("Certainty: its median in seed 0's run, and where nine tenths of the images lie.")
+    parts.append(COSTS)
     parts += ["## What is it worth?", "\n".join(worth), WORDS]
     parts.append("![The linear probe on the images that are surest](kept.png)")
     parts.append("![What each certainty is worth](certainty.png)")
@@ -209,11 +231,16 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
 @fn.drawing
 def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
     """The probe's accuracy on the surest images: the mean over the seeds, in a band of one standard
-    deviation. What needs labels is black, what plain SimCLR has without them grey."""
+    deviation. What needs labels is black, what plain SimCLR has without them grey; each loss has a
+    probe of its own encoder."""
     ways = by_way(entries)
-    norm, softmax = BARS
-    bars = {softmax: ("black", f"{softmax} (all labels)"), norm: ("0.6", f"NT-Xent: {norm}")}
-    styles = bars | {way: (f"C{number}", way) for number, way in enumerate(CERTAIN)}
+    norm, neighbour, softmax = BARS
+    styles = {
+        softmax: ("black", f"{softmax} (all labels)"),
+        neighbour: ("0.4", f"NT-Xent: {neighbour}"),
+        norm: ("0.7", f"NT-Xent: {norm}"),
+        **{way: (f"C{number}", way) for number, way in enumerate(CERTAIN)},
+    }
     figure, axis = fn.new_figure(8.5, 4.2)
     for way, (color, name) in styles.items():
         curves = np.array(known([one["kept"] for one in ways.get(way, [])]))  # (seeds, shares)
