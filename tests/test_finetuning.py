@@ -469,6 +469,24 @@ def test_both_arms_end_to_end_have_the_same_steps_and_labels(
 
     assert not list((tmp_path / "out").glob("f*/**/*.ckpt"))
 
+    # Interrupted in either arm, it goes on, and repeats no draw that it has finished.
+    flags[flags.index("out")] = "parts"
+    for place in ("from-scratch/2-per-class-1", "finetuning/0.1-of-all-0"):
+
+        def interrupted(encoder, see, images, start, settings, folder, **more):
+            if str(folder).endswith(place):  # noqa: B023
+                raise KeyboardInterrupt
+            return noted(encoder, see, images, start, settings, folder, **more)
+
+        monkeypatch.setattr(evaluation, "finetune", interrupted)
+        more = flags if place.startswith("from") else ["--resume", "parts"]
+        assert run_here("simCLR.py", *more, "--label_seeds", 2, cwd=tmp_path).returncode == 130
+    monkeypatch.setattr(evaluation, "finetune", noted)
+    assert run_here("simCLR.py", "--resume", "parts", cwd=tmp_path).returncode == 0
+    again = json.loads((tmp_path / "parts/results.json").read_text())
+    assert again["few_labels"] == results["few_labels"]
+    assert again["baselines"] == results["baselines"]
+
     flags = ["--checkpoint", "out", "--stages", "finetune", "--dataset", image_folder]
     flags += ["--image_size", 8, "--finetune_epochs", 2, "--finetune_steps", 4, "--knn_k", 5]
     done = run_here("simCLR.py", *flags, "--probe", "lbfgs", "--output_dir", "all", cwd=tmp_path)
