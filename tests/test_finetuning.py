@@ -225,7 +225,8 @@ def test_from_scratch_the_seed_alone_decides(encoder, tmp_path):
 
 
 def test_no_step_is_longer_than_its_rate(encoder, tmp_path, monkeypatch):
-    """A long gradient, of a classifier that is sure and wrong, is cut to a length of 1."""
+    """A long gradient, of a classifier that is sure and wrong, is cut to a length of 1; but not
+    that of a network from scratch, which learns less with such steps."""
     lengths, steps = [], torch.optim.SGD.step
 
     def note(optimizer, closure=None):
@@ -247,6 +248,12 @@ def test_no_step_is_longer_than_its_rate(encoder, tmp_path, monkeypatch):
 
     finetune(encoder, See(), colours(), wrong, settings(), tmp_path / "x")
     assert 0.99 < max(lengths) <= 1.001
+
+    lengths.clear()
+    loud = nn.Sequential(encoder, nn.Linear(8, 8))
+    nn.init.constant_(loud[1].weight, 10)
+    finetune(loud, See(), colours(), new, settings(), tmp_path / "y", scratch=True)
+    assert max(lengths) > 2
 
 
 def test_a_head_with_a_hidden_layer(encoder, tmp_path):
