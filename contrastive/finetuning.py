@@ -253,11 +253,9 @@ def finetune(
     kept = fn.Checkpoints(checkpoints, log, best, settings.checkpoint_every)
     what = settings.machine, settings.seed, epochs, log
     rate_flag, most = "--finetune_learning_rate", settings.max_time
-    choosing: dict[str, Any] = {} if validation else {"limit_val_batches": 0}
-    if not scratch:
-        # A network that is trained already has steep directions: one step too far, and all is lost.
-        # From scratch the same cut would only slow it.
-        choosing["gradient_clip_val"] = 1.0
+    # A network that is trained already has steep directions: one step too far, and all is lost.
+    choosing: dict[str, Any] = {} if scratch else {"gradient_clip_val": 1.0}
+    choosing |= {} if validation else {"limit_val_batches": 0}
     trainer = fn.make_trainer(*what, checkpoint=kept, rate=rate_flag, max_time=most, **choosing)
     fn.fit(trainer, module, checkpoints / "last.ckpt")
     if kept.best_weights is not None:

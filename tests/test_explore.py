@@ -1,14 +1,13 @@
 """explore.html in a real browser: it opens from disk, points, clicks, filters, without an error."""
 
 import re
-import shutil
-import time
 from collections import Counter
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from browser import BROWSER, DRIVER, LEGEND, NODES, Page
 from PIL import Image
 
 from contrastive import explore
@@ -18,7 +17,6 @@ from contrastive.probe import Features
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 EVIL = "<img src=x onerror=alert(1)>"
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
 def looked(classes, per_class=6, side=8) -> Looked:
@@ -103,97 +101,14 @@ def test_a_page_that_would_be_too_large_shows_fewer_images(tmp_path, capsys):
 # In a browser
 # ------------------------------------------------------------------------------------------------
 
-PLACE = """
-const [i] = arguments
-const map = [...Bokeh.documents[0]._all_models.values()].find((m) => m.type == "Figure")
-const view = Bokeh.index.find_one_by_id(map.id)
-const data = map.renderers[0].data_source.data
-const box = view.canvas_view.el.getBoundingClientRect()
-return [box.left + view.frame.x_scale.compute(data.x[i]),
-        box.top + view.frame.y_scale.compute(data.y[i])]
+PICTURES = f"""{NODES}
+return nodes.filter((n) => n.style?.backgroundImage).map((n) => n.getBoundingClientRect())
 """
-NODES = """
-function* below(node) {
-    yield node
-    if (node.shadowRoot) yield* below(node.shadowRoot)
-    for (const child of node.childNodes) yield* below(child)
-}
-const nodes = [...below(document.body)]
-"""
-TEXTS = f"""{NODES}
-const hidden = ["SCRIPT", "STYLE"]
-return nodes.filter((n) => n.nodeType == Node.TEXT_NODE && !hidden.includes(n.parentNode.nodeName))
-    .map((n) => n.textContent).join("\\n")
-"""
-ELEMENTS = f"{NODES} return nodes.filter((n) => n.nodeName == arguments[0])"
-LEGEND = f"{NODES} return nodes.filter((n) => n.classList?.contains('bk-item'))"
 
 needs_a_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="there is no chromium with chromedriver here (Debian: chromium-driver)",
 )
-
-
-class Page:
-    """A page that is open in Chromium, and what a person does with it."""
-
-    def __init__(self, file):
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = BROWSER
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-            options.add_argument(flag)
-        options.add_argument("--window-size=1400,1000")
-        options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network for this page
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        self.driver.get(file.as_uri())
-        self.wait(lambda: "of" in self.text() and self.place(0))
-
-    def wait(self, holds):
-        """Until something holds, for ten seconds."""
-        for _ in range(100):
-            try:
-                if found := holds():
-                    return found
-            except Exception as error:  # not there yet
-                self.error = error
-            time.sleep(0.1)
-        raise AssertionError(f"waited in vain; the page says {self.text()}")
-
-    def text(self):
-        return self.driver.execute_script(TEXTS)
-
-    def place(self, i):
-        return self.driver.execute_script(PLACE, i)
-
-    def point(self, i, click=False):
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        actions = ActionChains(self.driver)
-        pointer = actions.w3c_actions.pointer_action
-        x, y = map(round, self.place(i))
-        pointer.move_to_location(x - 2, y)
-        pointer.move_to_location(x, y)
-        if click:
-            pointer.click()
-        actions.perform()
-
-    def away(self):
-        """Point at nothing."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        actions = ActionChains(self.driver)
-        actions.w3c_actions.pointer_action.move_to_location(2, 2)
-        actions.perform()
-
-    def elements(self, name):
-        return self.driver.execute_script(ELEMENTS, name)
-
-    def errors(self):
-        return [line for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +140,16 @@ def test_a_click_shows_the_nearest_training_images(opened):
     text = opened.text()
     for i in range(6, 12):
         assert f"{i:03}.png" in text
+
+    shown = opened.driver.execute_script(PICTURES)
+    assert len(shown) >= 7  # the image and its neighbours; the one that is pointed at, too
+    screen = np.asarray(opened.screenshot()).astype(int)
+    noise = []
+    for box in shown:
+        left, top, side = round(box["x"]), round(box["y"]), round(box["width"])
+        noise.append(screen[top : top + side, left : left + side])
+    assert all(picture.std() > 20 for picture in noise), "pictures of noise, and none is blank"
+    assert len({picture.tobytes() for picture in noise}) >= 6
 
 
 @needs_a_browser
@@ -276,16 +201,13 @@ def test_a_click_on_the_legend_hides_a_class(opened):
 def test_the_colours_say_the_class_or_how_sure_it_is(opened):
     from selenium.webdriver.support.select import Select
 
-    def screenshot():
-        return Image.open(BytesIO(opened.driver.get_screenshot_as_png())).convert("RGB")
-
     def drawn(i):
         """The colour of an image's dot on the screen, (r, g, b)."""
-        return screenshot().getpixel(tuple(map(round, opened.place(i))))
+        return opened.screenshot().getpixel(tuple(map(round, opened.place(i))))
 
     def in_the_legend(k):
         """The colour of a class in the legend, that which has most of it."""
-        picture = screenshot()
+        picture = opened.screenshot()
         item = opened.driver.execute_script(LEGEND)[k].rect
         left, middle = round(item["x"]), round(item["y"] + item["height"] / 2)
         colours = [picture.getpixel((left + i, middle)) for i in range(24)]
