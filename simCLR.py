@@ -651,12 +651,11 @@ def main(config: Config) -> None:
                     asked=to_be_asked(model, see, sets, config),
                 )
                 results |= evaluation.results()
-            if "features" in config.stages_list:
-                shown = nn.Sequential(see, measured)
-                save_features(shown, sets.measured, config.machine, folder)
 
-        # The numbers first: no figure is worth losing them.
+        # The numbers first: nothing else is worth losing them.
         run.save(**results)
+        if "features" in config.stages_list:
+            save_features(nn.Sequential(see, measured), sets.measured, config.machine, folder)
         if pretrained is not None:
             figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
         if evaluation is not None:

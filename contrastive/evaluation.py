@@ -475,8 +475,11 @@ def draw(evaluation: Evaluation, settings: EvaluationSettings, folder: Path) -> 
 
 
 def print_table(measured: dict[str, Measured], held_out: str) -> None:
-    """The outcome at a glance: accuracy on the held-out images, a row per representation."""
+    """The outcome at a glance: accuracy on the held-out images, a row per representation; nothing
+    where few labels alone were asked for."""
     methods = list(dict.fromkeys(how for each in measured.values() for how in each.accuracies()))
+    if not methods:
+        return
     rows = [[f"{held_out} accuracy", *methods]]
     for name, outcome in measured.items():
         found = outcome.accuracies()

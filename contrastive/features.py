@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive.looking import thumbnail
-from functions import ImageDataset, Subset
+from functions import ImageDataset
 
 NO_LABEL = -1
 MOST = 2000  # images for the projector
@@ -20,8 +19,8 @@ THUMBNAIL = 64  # pixels of a side, at most: TensorBoard lays all of them side b
 
 
 def save_features(model: nn.Module, data: ImageDataset, machine: fn.Machine, folder: Path) -> None:
-    """Leave what `model`, uint8 (B, C, H, W) -> (B, D), makes of all images of a set, as
-    features.npz; and, of up to MOST of them, for TensorBoard's projector. The file holds
+    """Leave what `model`, uint8 (B, C, H, W) -> (B, D), makes of all images of a set: features.npz,
+    and what TensorBoard's projector reads. The file has
 
     - h: float32 (N, D)
     - labels: int64 (N,), indices into classes; -1 for an image without a label
@@ -55,30 +54,30 @@ def save_features(model: nn.Module, data: ImageDataset, machine: fn.Machine, fol
     file = folder / "features.npz"
     fn.write_atomically(file, whole.getvalue())
     print(f"features of {len(files):,} images in {file}")
-
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:MOST].sort()[0]
-    pictures = [images for images, _ in parts.values() if images is not None]
-    classes = [*(fn.shown(name) for name in data.classes), "-"]  # the last one is NO_LABEL's
-    rows = [[classes[int(numbers[i])], splits[i], fn.shown(files[i])] for i in chosen.tolist()]
-    write_projector(vectors[chosen], small(pictures, chosen), rows, folder / "projector")
-
-
-def small(parts: Sequence[Tensor | Subset], chosen: Tensor) -> Tensor:
-    """Thumbnails of some images, uint8 (M, 3, side, side); indices count through all parts."""
-    places = [(images, i) for images in parts for i in range(len(images))]
-    some = (places[i] for i in chosen.tolist())
-    return torch.stack([thumbnail(images, i, THUMBNAIL) for images, i in some])
+    names = [*data.classes, "-"]  # the last one is NO_LABEL's
+    classes = [names[label] for label in numbers.tolist()]
+    rows = [list(row) for row in zip(classes, splits, files, strict=True)]
+    write_projector(vectors, rows, data, folder / "projector")
 
 
 @fn.drawing
-def write_projector(h: Tensor, pictures: Tensor, rows: list[list[str]], folder: Path) -> None:
-    """Vectors h (M, D), thumbnails, and [class, split, file] of each, for TensorBoard's embedding
-    projector."""
+def write_projector(h: Tensor, rows: list[list[str]], data: ImageDataset, folder: Path) -> None:
+    """Up to MOST images of a set for TensorBoard's embedding projector, with thumbnails: h of all
+    of them, float32 (N, D), and of each its class, split and file."""
     from torch.utils.tensorboard import SummaryWriter
 
-    header = ["class", "split", "file"]
+    parts = (data.train_images, data.test_images, data.unlabelled_images)
+    places = [(part, i) for part in parts if part is not None for i in range(len(part))]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    chosen = order[:MOST].sort().values.tolist()
+    some = (places[i] for i in chosen)
+    pictures = torch.stack([thumbnail(part, i, THUMBNAIL) for part, i in some])
     with SummaryWriter(str(folder)) as writer:
         writer.add_embedding(
-            h, metadata=rows, metadata_header=header, label_img=pictures / 255, tag="h"
+            h[chosen],
+            metadata=[[fn.shown(word) for word in rows[i]] for i in chosen],
+            metadata_header=["class", "split", "file"],
+            label_img=pictures / 255,
+            tag="h",
         )
     print(f"  TensorBoard's projector: tensorboard --logdir {folder}")

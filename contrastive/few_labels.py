@@ -99,13 +99,13 @@ class Amount:
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
         """Raises UserError where a class would have no label, and says where it has fewer than are
         asked for."""
-        counts = labels.bincount(minlength=len(classes)).clamp_min(1)
+        counts = labels.bincount(minlength=len(classes))
         least, name = int(counts.min()), classes[int(counts.argmin())]
         if self.fraction is None:
             if self.per_class is not None and self.per_class > least:
-                asked = f"--labels_per_class {self.per_class}"
-                fn.note(f"{asked}: {name} has {least:,} training images, and gives all of them")
+                fn.note(f"--labels_per_class {self.per_class}: {name} has only {least:,} labels")
             return
+        least = max(least, 1)
         problem = f"--label_fractions {self.fraction:g} leaves {name} ({least:,} labels) without"
         check(round(self.fraction * least) >= 1, f"{problem}: take at least {1 / least:.2g}")
 
@@ -161,9 +161,8 @@ def measure_few_labels(
     for amount in settings.label_amounts:
         few = FewLabels(amount)
         if finetune is not None:
-            print(
-                f"  fine-tuning with labels for {amount}, {settings.label_seeds} times", flush=True
-            )
+            draws = f"{settings.label_seeds} draws" if settings.label_seeds > 1 else "one draw"
+            print(f"  fine-tuning with few labels: {amount}, {draws}", flush=True)
         for i in range(settings.label_seeds):
             seed = settings.seed + i  # the same draws for every encoder: a paired comparison
             chosen = amount.choose(features.train_labels, seed)
@@ -207,6 +206,6 @@ def print_few_labels(few: dict[str, list[FewLabels]], held_out: str, draws: int)
         rows.append([str(each.amount), *map(mean_and_deviation, cells)])
     print(f"  {held_out} accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
     fn.print_columns(rows)
-    if any(how == "fine-tuned" for _, how in columns):
+    if ("untrained encoder", "fine-tuned") in columns:
         print(FROM_SCRATCH)
     print()

@@ -185,8 +185,8 @@ SHARE, PENALTY = 0.1, 0.005  # of kappa: what it adds to NT-Xent
 def latent_classes(outputs: Tensor) -> Tensor:
     """p(c | x), the distribution over K latent classes: (B, K) -> (B, K), each row sums to 1.
 
-    softplus(beta x) over its sum, by way of its logarithm: that of a large negative number is the
-    number itself, where softplus is too small for a float.
+    softplus(beta x) over its sum, by way of logarithms: where beta x is far below zero that of its
+    softplus is beta x itself, and softplus alone would at last be too small for a float.
     """
     x = BETA * outputs
     log = torch.where(x < -15, x, F.softplus(x.clamp_min(-15)).log())
@@ -205,7 +205,7 @@ def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
     where all classes are as frequent, and views of a class are independent: the score that InfoNCE
     looks for (van den Oord et al. 2018, arXiv 1807.03748, Eq. 2). So the logits are
     log(N <p_i, q_j>) / tau, with a factor that no softmax sees, and the loss is their cross-entropy
-    in both directions. At tau = 1 that is Bayes; a lower one asks for more than a match by chance.
+    in both directions. At tau = 1 that is Bayes; a lower one sharpens it.
     Chances below FLOOR count as FLOOR: a pair that shares no class has no gradient.
 
     The negatives of a first view are the second views of the other images, and the other way round.

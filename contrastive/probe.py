@@ -38,8 +38,8 @@ class ProbeSettings(fn.RunConfig):
     probe_learning_rate: float = 0.03
     """of the linear probe's SGD, decayed by a cosine; the features are standardised"""
     probe_layer: int = 0
-    """what is measured: 0 is h, 1 what the first layer of the head makes of it, and so on: as many
-    as --head_layers is z (Section 4.2)"""
+    """what is measured, of the untrained encoder, too: 0 is h, 1 what the first layer of the head
+    makes of it, and so on: as many as --head_layers is z (Section 4.2)"""
     probe_mirror: bool = False
     """whether the linear probe learns from the training images' mirror images, too: of the random
     crops and flips of the paper's probe (Appendix B.5, B.6), the flips; leave it out where left and

@@ -49,8 +49,12 @@ class Page:
         options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network for this page
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        self.driver.get(file.as_uri())
-        self.wait(lambda: "of" in self.text() and self.place(0))
+        try:
+            self.driver.get(file.as_uri())
+            self.wait(lambda: "of" in self.text() and self.place(0))
+        except BaseException:
+            self.driver.quit()
+            raise
 
     def wait(self, holds):
         """Until something holds, for ten seconds."""

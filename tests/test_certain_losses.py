@@ -241,8 +241,8 @@ def test_of_no_class_is_not_sure(size):
     p = losses.latent_classes(outputs.requires_grad_())
     torch.testing.assert_close(p.sum(1), torch.ones(2))
     torch.testing.assert_close(p[0], torch.full((16,), 1 / 16))
-    assert float(p[1, 0] / p[1, 1]) == pytest.approx(math.exp(0.8 * 2), rel=1e-3)
-    assert CERTAIN["latent_class"].certainty(outputs).tolist()[0] == pytest.approx(0, abs=1e-6)
+    assert (p[1, 0] / p[1, 1]).item() == pytest.approx(math.exp(0.8 * 2), rel=1e-3)
+    assert CERTAIN["latent_class"].certainty(outputs)[0].item() == pytest.approx(0, abs=1e-6)
     p[1, 0].log().backward()
     assert outputs.grad.isfinite().all()
     assert float(outputs.grad[1, 0]) > 0.1

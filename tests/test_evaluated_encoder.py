@@ -528,3 +528,13 @@ def test_z_is_measured_again_from_the_checkpoint(run_here, tmp_path):
         for name in ("whole", "layer0", "layer2")
     )
     assert of_z == of_z_again != of_h
+
+    # The untrained encoder is measured at the same layer.
+    flags.remove("--no-baselines")
+    of_untrained = []
+    for layer in (0, 2):
+        again = [*flags, f"beside{layer}", "--probe_layer", layer]
+        assert run_here("simCLR.py", *again, cwd=tmp_path).returncode == 0
+        results = json.loads((tmp_path / f"beside{layer}/results.json").read_text())
+        of_untrained.append(results["baselines"]["untrained_encoder"]["knn"])
+    assert of_untrained[0] != of_untrained[1]

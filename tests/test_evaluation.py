@@ -428,7 +428,7 @@ def test_more_labels_than_a_class_has_are_said_to_be_all_of_them(capsys):
     few.check(labels, ("a", "b"))
     assert capsys.readouterr().err == ""
     many.check(labels, ("a", "b"))
-    said = "note: --labels_per_class 21: b has 20 training images, and gives all of them\n"
+    said = "note: --labels_per_class 21: b has only 20 labels\n"
     assert capsys.readouterr().err == said
 
 

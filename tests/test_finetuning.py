@@ -489,7 +489,10 @@ def test_both_arms_end_to_end_have_the_same_steps_and_labels(
         more = flags if place.startswith("from") else ["--resume", "parts"]
         assert run_here("simCLR.py", *more, "--label_seeds", 2, cwd=tmp_path).returncode == 130
     monkeypatch.setattr(evaluation, "finetune", noted)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("outcome.json")}
     assert run_here("simCLR.py", "--resume", "parts", cwd=tmp_path).returncode == 0
+    assert len(before) == 6  # four from scratch, and two per class of ours
+    assert before == {file: file.stat().st_mtime_ns for file in before}
     again = json.loads((tmp_path / "parts/results.json").read_text())
     assert again["few_labels"] == results["few_labels"]
     assert again["baselines"] == results["baselines"]

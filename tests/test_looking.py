@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,12 +112,27 @@ def test_what_lies_on_a_sheet_is_small(tmp_path):
     assert (small - expected[0]).abs().max() <= 1.0  # it is rounded
     assert torch.equal(looking.thumbnail(seen.test, 1, 300), seen.test[1])
 
-    pictures = features.small([seen.test[:1], seen.test[1:]], torch.tensor([0, 2]))
-    assert torch.equal(pictures[1], looking.thumbnail(seen.test, 2, 64))
-    features.write_projector(torch.randn(2, 4), pictures, [["a", "train", "0.png"]] * 2, tmp_path)
-    (sheet,) = tmp_path.rglob("sprite.png")
+
+def test_the_projector_shows_some_of_all_parts_with_what_belongs_to_each(tmp_path, monkeypatch):
+    """A sheet of small pictures, each in the place of its h, class, split and file."""
+    monkeypatch.setattr(features, "MOST", 9)
+    grey = torch.arange(20, dtype=torch.uint8).mul(12).view(20, 1, 1, 1).expand(20, 3, 100, 100)
+    data = SimpleNamespace(train_images=grey[:12], test_images=grey[12:], unlabelled_images=None)
+    h = torch.arange(20.0)[:, None].repeat(1, 2)
+    rows = [["a", "train" if i < 12 else "test", f"{i}\t.png"] for i in range(20)]
+    features.write_projector(h, rows, data, tmp_path)
+    ((sheet,), (vectors,), (labels,)) = (
+        [*tmp_path.rglob(name)] for name in ("sprite.png", "tensors.tsv", "metadata.tsv")
+    )
+    chosen = np.loadtxt(vectors)[:, 0].astype(int).tolist()
+    assert len(set(chosen)) == 9
+    assert min(chosen) < 12 <= max(chosen)
+    lines = labels.read_text().splitlines()[1:]
+    assert lines == ["\t".join([*rows[i][:2], f"{i} .png"]) for i in chosen]
     with Image.open(sheet) as image:
-        assert image.size == (128, 128)
+        assert image.size == (3 * 64, 3 * 64)
+        middles = [image.getpixel((64 * (i % 3) + 32, 64 * (i // 3) + 32))[0] for i in range(9)]
+    assert middles == pytest.approx([12 * i for i in chosen], abs=1)
 
 
 def test_a_dollar_sign_is_written_as_one(monkeypatch, tmp_path):

@@ -64,8 +64,8 @@ labels is off from how often it is right; then with the temperature that the oth
 Certainty: its median in seed 0's run, and where nine tenths of the images lie."""
 
 WORDS = """\
-"Learned after" is a small network that has seen, on frozen features, where a probe errs; ten
-augmentations of an image agree or do not, and nothing else is asked of them.
+"Learned after" is a small network that has seen, on frozen features, where a probe errs. How much
+ten augmentations of an image agree is asked of whole test images alone.
 
 Nearest alike: AUROC with which a certainty tells the test images whose nearest test image is of the
 same class. Errors last: do the probe's errors come last in its order; 0 is no order, 1 the best
