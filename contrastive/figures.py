@@ -177,9 +177,11 @@ def print_certainty(found: Certainty, held_out: str) -> None:
     print(
         "  nearest alike: does it tell where the nearest image is of the same class (AUROC);\n"
         "  errors last: do the probe's errors come last (0: they lie anywhere, 1: all do);\n"
-        "  crops, blur, noise: Spearman with how well copies of an image can be seen;\n"
-        "  people: with how much people agree;\n"
-        f"  against: AUROC of {held_out} images against those of another set"
+        "  crops, blur, noise: Spearman with how well copies of an image can be seen;"
+    )
+    print(
+        ("  people: with how much people agree;\n" if people else "")
+        + f"  against: AUROC of {held_out} images against those of another set"
     )
     before, after = map(fn.percent, found.calibration_error)
     print(
@@ -218,8 +220,8 @@ def plot_certainty(found: Certainty, file: Path) -> None:
         enough = [one[:2] for one in bins if one[2] * len(found.right) >= 20]
         points = np.array(enough).reshape(-1, 2).T
         axes[2].plot(*points, color=shade, marker="o", markersize=4, label=label)
-    axes[2].set(title="Are probabilities right? (a probe on half the labels)")
-    axes[2].set(xlabel="its largest probability", ylabel="share that is right")
+    axes[2].set(title="Are a probe's probabilities right?", ylabel="share that is right")
+    axes[2].set(xlabel="the largest probability (a probe on half the labels)")
     axes[2].legend(frameon=False, loc="upper left")
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -171,7 +171,9 @@ def plot_confused(looked: Looked, file: Path, most: int = 3, each: int = 6) -> N
     pairs: dict[frozenset[int], tuple[int, int, int]] = {}
     for pair in worst_pairs(looked):
         pairs.setdefault(frozenset(pair[:2]), pair)  # the way round that begins with the worse one
-    for label, other, count in [*pairs.values()][:most]:
+    worst = [*pairs.values()][:most]
+    each = min(each, max((count for _, _, count in worst), default=0))
+    for label, other, count in worst:
         total = int((h.test_labels == label).sum())
         names = (fn.shown(h.classes[name], 16) for name in (label, other))
         row = [*taken_for(looked, label, other, each), *taken_for(looked, other, label, each)]

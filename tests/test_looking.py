@@ -170,10 +170,10 @@ def test_the_most_surely_mistaken_come_first(monkeypatch, tmp_path):
     looking.plot_confused(seen, tmp_path / "x.png")
     ((name, cells),) = grids[0].items()
     assert name == "cat, taken for dog: 2 of 3"
-    assert [cell and cell.words for cell in cells[:3]] == ["dog, 90%", "dog, 60%", None]
+    words = [cell and cell.words for cell in cells]
+    assert words == ["dog, 90%", "dog, 60%", "cat, 90%", None]
     assert torch.equal(cells[0].image, seen.test[1])
-    assert torch.equal(cells[6].image, seen.test[3])  # the right half: dogs taken for cats
-    assert [cell and cell.words for cell in cells[6:]] == ["cat, 90%", *[None] * 5]
+    assert torch.equal(cells[2].image, seen.test[3])  # the right half: dogs taken for cats
 
 
 def test_a_pair_stands_where_its_worse_class_does(monkeypatch, tmp_path):
