@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import functions as fn  # noqa: E402
+import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 from contrastive.certainty import KEPT  # noqa: E402
 from contrastive.losses import CERTAIN  # noqa: E402
@@ -68,6 +70,12 @@ They do fall where images are cropped or blurred, but so does the mere sharpness
 more reliably. Noise makes every one of them rise, and pure noise is found surer than any photo: as
 if they had learned how much there is in an image to tell it by, not how well it can be seen. What
 they say of other sets differs so much from loss to loss that one seed says nothing."""
+
+SUREST = """\
+Test images of four classes, the surest on the left and the least sure on the right (seed 0); framed
+is what the linear probe takes for another class. To the eye, sure is what stands out from a plain
+ground, right or wrong; `tau` and `mc_infonce` are least sure of what is blurred, or seen so closely
+that little of it is in the picture."""
 
 COSTS = """\
 Calibration error: by how much, on average, the largest probability of a probe that knows half the
@@ -215,6 +223,12 @@ def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
     parts += ["## Does it cost accuracy?", "\n".join(costs), COSTS]
     parts += ["## Each certainty, each question", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
+    pictures = [
+        f"![The surest and the least sure test images: {loss}](surest-{loss}.png)"
+        for loss in runs
+        if loss in CERTAIN
+    ]
+    parts += ["## What are they surest of?", SUREST, *pictures]
     if search:
         parts += ["## Which temperature?", TEMPERATURE, choice(search)]
     return "\n\n".join(parts) + "\n"
@@ -230,6 +244,8 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
             values, color = known([one[key] for one in worths]), f"C{1 if way in CERTAIN else 0}"
             if values:
                 measured.draw_seeds(axis, values, place, color)
+            if way in CERTAIN:
+                axis.axhline(place - 0.5, color="0.85", linewidth=0.8)
         axis.axvline(chance, color="0.6", linestyle=":")
         axis.set_yticks(range(len(ways)), list(ways) if number == 0 else [])
         axis.set_ylim(len(ways) - 0.5, -0.5)
@@ -237,6 +253,17 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(name)
     fn.save_figure(figure, file)
+
+
+def keep_surest(runs: list[str]) -> None:
+    """Of the first seed's runs, the pictures of what each loss is surest and least sure of; of 256
+    colours, so that they are small."""
+    for run in map(Path, runs):
+        config = fn.load_config(simCLR.Config, run / "config.yaml")
+        if config.loss in CERTAIN and config.seed == 0:
+            with Image.open(run / "surest.png") as image:
+                small = image.convert("RGB").quantize(256)
+            small.save(HERE / f"surest-{config.loss}.png", optimize=True)
 
 
 @fn.drawing
@@ -282,3 +309,4 @@ if __name__ == "__main__":
         measured.write(page(entries, search), entries, HERE / "README.md", kept)
         draw(entries, HERE / "certainty.png")
         draw_kept(entries, HERE / "kept.png")
+        keep_surest(long)
