@@ -130,7 +130,11 @@ def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
     entries = [certain_entry(loss, seed) for loss in ("nt_xent", "tau") for seed in (1, 0)]
     entries[2]["certainty"]["ways"]["probe's softmax"]["r_auroc"] = 0.9
     entries[0]["certainty"]["ways"]["norm of h"]["people"] = None
-    page = certainty.page(entries, [certain_entry("tau", 0)])
+    narrow = certain_entry("tau", 0)
+    narrow["flags"] = f"--embedding_dim 32 {narrow['flags']}"
+    page = certainty.page(entries, [certain_entry("tau", 0), narrow])
+    found = "| 50.0 | 60.0 | 0.500 | 0.060 | abc |"
+    assert f"| `--embedding_dim 32 --loss tau --temperature 0.1` {found}" in page
     assert "| `--loss tau --temperature 0.1` | 50.0 | 60.0 | 0.500 | 0.060 | abc |" in page
     accuracies = "| 50.0, 50.0: **50.0 ± 0.0 %** | 60.0, 60.0: **60.0 ± 0.0 %** |"
     others = "3.0 %, then 2.0 % | 0.5 (0.25 to 0.75) | 0, 1 |"
