@@ -168,8 +168,8 @@ Each loss has its own: a certainty that scales the logits, or blurs them, is of 
 are already as large as they can be. It is the one whose certainty best tells where the nearest
 image is alike, in short runs (seed 0) measured on held-out training images; where two do so alike,
 the one that costs less accuracy. With other images of the same kind the numbers would change by
-about .006 (the standard error), with other seeds by more, perhaps. Samples on a sphere of 32
-dimensions, where they spread less, do not help `mc_infonce`:
+about .006 (the standard error), with other seeds by more, perhaps. On a sphere of 32
+dimensions, not 128, `mc_infonce` does worse:
 
     python simCLR.py --config {SEARCH}
 
