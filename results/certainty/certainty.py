@@ -27,11 +27,11 @@ from contrastive.certainty import KEPT  # noqa: E402
 from contrastive.losses import CERTAIN  # noqa: E402
 from results import measured  # noqa: E402
 
+Value = TypeVar("Value")
 CONFIG = "configs/cifar10_certainty.yaml"
 SEARCH = "configs/cifar10_certainty_search.yaml"
 PLAIN = "nt_xent"
 OWN = {"--loss", "--temperature", "--embedding_dim"}  # what each loss may have of its own
-Value = TypeVar("Value")
 # Of the same encoder: what a certainty has to beat.
 BARS = ("norm of z", "tenth neighbour", "probe's softmax")
 ACCURACIES = {"knn": "k-NN", "linear": "linear probe"}
@@ -62,7 +62,7 @@ seeds; the raw values are in [certainty.json](certainty.json).
 
 VERDICT = """\
 With one seed so far: little. Each of the four costs accuracy, from half a point or more (tau) to
-four points of k-NN (latent_class). And on its own encoder none tells better where the nearest image
+4.5 points of k-NN (latent_class). And on its own encoder none tells better where the nearest image
 is alike, or where the probe errs, than what every encoder offers without a label: how near the
 tenth neighbour is, or the length of z. A probe, which has seen labels, tells both far better.
 
@@ -168,8 +168,8 @@ Each loss has its own: a certainty that scales the logits, or blurs them, is of 
 are already as large as they can be. It is the one whose certainty best tells where the nearest
 image is alike, in short runs (seed 0) measured on held-out training images; where two do so alike,
 the one that costs less accuracy. With other images of the same kind the numbers would change by
-about .006 (the standard error), with other seeds by more, perhaps. On a sphere of 32
-dimensions, not 128, `mc_infonce` does worse:
+about .006 (the standard error), with other seeds by more, perhaps. On a sphere of 32 dimensions,
+not 128, `mc_infonce` does worse:
 
     python simCLR.py --config {SEARCH}
 
