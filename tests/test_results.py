@@ -132,7 +132,12 @@ def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
     entries[0]["certainty"]["ways"]["norm of h"]["people"] = None
     narrow = certain_entry("tau", 0)
     narrow["flags"] = f"--embedding_dim 32 {narrow['flags']}"
-    page = certainty.page(entries, [certain_entry("tau", 0), narrow])
+    unseen = [certain_entry("nt_xent", 0), certain_entry("tau", 0)]
+    for way in unseen[1]["certainty"]["ways"].values():
+        way["others"] = {"classes left out": 0.625}
+    page = certainty.page(entries, [certain_entry("tau", 0), narrow], unseen)
+    assert "| **tau** | 0.625 |" in page
+    assert "| tau: norm of z | 0.625 |" in page
     found = "| 50.0 | 60.0 | 0.500 | 0.060 | abc |"
     assert f"| `--embedding_dim 32 --loss tau --temperature 0.1` {found}" in page
     assert "| `--loss tau --temperature 0.1` | 50.0 | 60.0 | 0.500 | 0.060 | abc |" in page
@@ -156,10 +161,10 @@ def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
     certainty = module_of(ROOT / "results/certainty/certainty.py")
     other = certain_entry("tau", 0) | {"flags": "--epochs 1 --loss tau"}
     with pytest.raises(SystemExit, match="--epochs 1"):
-        certainty.page([certain_entry("nt_xent", 0), other], [])
+        certainty.page([certain_entry("nt_xent", 0), other], [], [])
     other["flags"] = "--loss tau --temperature 0.05"
     with pytest.raises(SystemExit, match="take one setting"):
-        certainty.page([certain_entry("tau", 0), other], [])
+        certainty.page([certain_entry("tau", 0), other], [], [])
 
 
 def test_an_encoder_to_take_home_is_the_same_to_a_thousandth(run_here, tmp_path):

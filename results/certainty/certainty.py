@@ -1,10 +1,11 @@
 """Is it right to be sure? What each way is worth, over seeds, at one budget.
 
-    python results/certainty/certainty.py search runs/A   # adds runs that choose a temperature
     python results/certainty/certainty.py runs runs/A runs/B   # adds runs, draws and writes anew
+    python results/certainty/certainty.py search runs/A        # ... that choose a temperature
+    python results/certainty/certainty.py classes runs/A       # ... that have not seen all classes
 
-The baseline is configs/cifar10_certainty.yaml; runs differ in --loss, its --temperature, and
---seed.
+The baselines are configs/cifar10_certainty.yaml, and what ends in _search and _classes; runs differ
+in --loss, what each has of its own (--temperature, --embedding_dim), and --seed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from results import measured  # noqa: E402
 Value = TypeVar("Value")
 CONFIG = "configs/cifar10_certainty.yaml"
 SEARCH = "configs/cifar10_certainty_search.yaml"
+CLASSES = "configs/cifar10_certainty_classes.yaml"
 PLAIN = "nt_xent"
 OWN = {"--loss", "--temperature", "--embedding_dim"}  # what each loss may have of its own
 # Of the same encoder: what a certainty has to beat.
@@ -57,7 +59,7 @@ with `--loss`, its `--temperature`, and `--seed`: CIFAR-10 (JPEG copy), two 16-p
 epochs, the same arithmetic for all.
 Certainties are asked of the 10,000 test images, at 32 pixels; of 2,000 of them cropped, blurred and
 with noise; and of up to 2,000 images of another set. Cells are mean ± standard deviation over the
-seeds; the raw values are in [certainty.json](certainty.json).
+seeds; the raw values are in [runs.json](runs.json).
 """
 
 VERDICT = """\
@@ -177,6 +179,25 @@ Without the flag it is 0.25, which NT-Xent has from its recipes; `kappa`, which 
 term beside it, has the same."""
 
 
+UNSEEN = f"""\
+Encoder and probe have not seen cats and ships, in
+
+    python simCLR.py --config {CLASSES}
+
+with each loss's own flags. AUROC of the test images of the other eight classes against those of
+these two; .5 is chance:"""
+
+
+def of_unseen(entries: list[dict[str, Any]]) -> str:
+    """Which certainty is lower for classes that were never seen."""
+    lines = ["| certainty | against classes never seen |", "| --- | --- |"]
+    for way, worths in by_way(entries).items():
+        found = known([one["others"].get("classes left out") for one in worths])
+        if found:
+            lines.append(f"| {f'**{way}**' if way in CERTAIN else way} | {mean(found)} |")
+    return "\n".join(lines)
+
+
 def choice(search: list[dict[str, Any]]) -> str:
     """What the short runs say of each loss's temperature."""
     lines = ["| flags | k-NN | linear probe | nearest alike | T | commit |", "|" + " --- |" * 6]
@@ -193,9 +214,11 @@ def choice(search: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
-    """README.md: what it costs in accuracy, what each way is worth, and how temperatures were
-    chosen."""
+def page(
+    entries: list[dict[str, Any]], search: list[dict[str, Any]], classes: list[dict[str, Any]]
+) -> str:
+    """README.md: what it costs in accuracy, what each way is worth, what it says of classes never
+    seen, and how temperatures were chosen."""
     runs, ways = by_loss(entries), by_way(entries)
     others = list(entries[0]["certainty"]["ways"][BARS[0]]["others"])
     columns = ["loss", "flags", *ACCURACIES.values(), "calibration error", "certainty", "seeds"]
@@ -229,6 +252,8 @@ def page(entries: list[dict[str, Any]], search: list[dict[str, Any]]) -> str:
     parts += ["## Does it cost accuracy?", "\n".join(costs), COSTS]
     parts += ["## Each certainty, each question", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
+    if classes:
+        parts += ["## And of classes never seen?", UNSEEN, of_unseen(classes)]
     pictures = [
         f"![The surest and the least sure test images: {loss}](surest-{loss}.png)"
         for loss in runs
@@ -303,16 +328,19 @@ def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
 
 if __name__ == "__main__":
     kind, *runs = sys.argv[1:] or [""]
-    if kind not in ("search", "runs"):
+    kinds = {"search": SEARCH, "classes": CLASSES, "runs": CONFIG}
+    if kind not in kinds:
         sys.exit(__doc__)
-    kept, chosen = HERE / "certainty.json", HERE / "search.json"
-    short, long = (runs, []) if kind == "search" else ([], runs)
-    also = ("certainty",)
-    search = measured.add(short, measured.baseline(SEARCH), chosen, also)
-    entries = measured.add(long, measured.baseline(CONFIG), kept, also, held_out=False)
-    measured.keep(search, chosen)
+    found = {}
+    for name, config in kinds.items():
+        file, new = HERE / f"{name}.json", runs if name == kind else []
+        base, held_out = measured.baseline(config), name == "search"
+        found[name] = measured.add(new, base, file, ("certainty",), held_out)
+        if found[name]:
+            measured.keep(found[name], file)
+    entries = found["runs"]
     if entries:
-        measured.write(page(entries, search), entries, HERE / "README.md", kept)
+        (HERE / "README.md").write_text(page(entries, found["search"], found["classes"]))
         draw(entries, HERE / "certainty.png")
         draw_kept(entries, HERE / "kept.png")
-        keep_surest(long)
+        keep_surest(runs if kind == "runs" else [])
