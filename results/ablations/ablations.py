@@ -104,9 +104,9 @@ QUESTIONS = [
         "from, and the linear probe loses 17 points, k-NN 15. Without jitter and grey it loses 9 "
         "and 10: the crops of an image share their colours, which then is enough to find partners "
         "by (86 % are found; where colour changes, 39 %). Without jitter, but with a fifth of the "
-        "views grey, it loses 5 and 5, without grey alone nearly 4. So the paper finds it: crops are the best single "
-        "augmentation, and crops with colour the best pair (Section 3.1, Figure 5). One seed each; "
-        "flips are not measured yet.",
+        "views grey, it loses 5 and 5, without grey alone nearly 4. So the paper finds it: crops "
+        "are the best single augmentation, and crops with colour the best pair (Section 3.1, "
+        "Figure 5). One seed each; flips are not measured yet.",
         {
             "all": "",
             "no crop": "--crop_scale 1",
