@@ -16,6 +16,7 @@ from contrastive.certainty import Asked, Certainty, CertaintySettings, measure_c
 from contrastive.explore import explore
 from contrastive.few_labels import (
     FROM_SCRATCH,
+    UNTRAINED,
     Draw,
     FewLabels,
     FewLabelsSettings,
@@ -353,7 +354,7 @@ def measure_baselines(
     scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
     return {
         "raw pixels": measure(pixels, alike),
-        "untrained encoder": measure(h, alike, None, scratch),
+        UNTRAINED: measure(h, alike, None, scratch),
     }
 
 

@@ -181,7 +181,8 @@ def measure_few_labels(
     return found
 
 
-FROM_SCRATCH = "  fine-tuned, the untrained encoder is the same network trained from scratch"
+UNTRAINED = "untrained encoder"  # how its row is called
+FROM_SCRATCH = f"  fine-tuned, the {UNTRAINED} is the same network trained from scratch"
 
 
 def mean_and_deviation(accuracies: Sequence[float]) -> str:
@@ -206,6 +207,6 @@ def print_few_labels(few: dict[str, list[FewLabels]], held_out: str, draws: int)
         rows.append([str(each.amount), *map(mean_and_deviation, cells)])
     print(f"  {held_out} accuracy, mean ± standard deviation of {draws} draws of the labels:\n")
     fn.print_columns(rows)
-    if ("untrained encoder", "fine-tuned") in columns:
+    if (UNTRAINED, "fine-tuned") in columns:
         print(FROM_SCRATCH)
     print()

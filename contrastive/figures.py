@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import functions as fn
 from contrastive.certainty import SHARES, Certainty
-from contrastive.few_labels import FewLabels
+from contrastive.few_labels import UNTRAINED, FewLabels
 from contrastive.scores import kept_accuracy, ranks
 
 
@@ -95,7 +95,7 @@ def plot_few_labels(
             )
             if not measured:
                 continue
-            if "fine-tuned" in methods and name == "untrained encoder":
+            if "fine-tuned" in methods and name == UNTRAINED:
                 name += "\n(fine-tuned: from scratch)"
             x = [count for count, _ in measured]
             y = np.array([accuracies for _, accuracies in measured])  # (amounts, draws)

@@ -205,8 +205,8 @@ def latent_class_loss(outputs: Tensor, temperature: float) -> Tensor:
     where all classes are as frequent, and views of a class are independent: the score that InfoNCE
     looks for (van den Oord et al. 2018, arXiv 1807.03748, Eq. 2). So the logits are
     log(N <p_i, q_j>) / tau, with a factor that no softmax sees, and the loss is their cross-entropy
-    in both directions. At tau = 1 that is Bayes; a lower one sharpens it.
-    Chances below FLOOR count as FLOOR: a pair that shares no class has no gradient.
+    in both directions. At tau = 1 that is Bayes; a lower one sharpens it. Chances below FLOOR count
+    as FLOOR: a pair that shares no class has no gradient.
 
     The negatives of a first view are the second views of the other images, and the other way round.
     A distribution over few classes is sure, one over all matches whatever there is, and certainty
