@@ -27,6 +27,7 @@ CONFIG = "configs/cifar10_ablation.yaml"
 SEEDS = (0, 1, 2)
 METRICS = {"linear": "linear probe", "knn": "k-NN"}
 TWICE = "counted_twice.py"
+SPAN = 10  # points that a figure's axis shows at least: what seeds differ by should look small
 
 
 @dataclass
@@ -266,8 +267,10 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
     figure, axes = fn.new_figure(10, 1.4 + 0.45 * len(arms), columns=len(METRICS))
     figure.suptitle(question.asks)
     for number, (axis, (metric, name)) in enumerate(zip(axes, METRICS.items(), strict=True)):
+        reached: list[float] = []
         for place, flags in enumerate(arms.values()):
             values = [100 * one[metric] for one in runs_of(flags, entries)]
+            reached += values
             color = f"C{0 if flags else 1}"
             measured.draw_seeds(axis, values, place, color)
             mean = f"{statistics.mean(values):.1f}"
@@ -275,8 +278,10 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
                 mean, (max(values), place), (8, 0), textcoords="offset points", va="center"
             )
         axis.set_yticks(range(len(arms)), list(arms) if number == 0 else [])
-        axis.invert_yaxis()
-        axis.margins(x=0.2, y=0.12)
+        axis.set_ylim(len(arms) - 0.5, -0.5)  # the first row on top
+        middle, width = (max(reached) + min(reached)) / 2, max(reached) - min(reached)
+        half = max(SPAN, 1.4 * width) / 2  # with room for the words
+        axis.set_xlim(middle - half, middle + half)
         axis.grid(axis="x", alpha=0.3)
         axis.set_xlabel(f"{name}, accuracy in % (validation)")
     fn.save_figure(figure, file)
