@@ -254,10 +254,8 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
     figure, axes = fn.new_figure(10, 1.4 + 0.45 * len(arms), columns=len(METRICS))
     figure.suptitle(question.asks)
     for number, (axis, (metric, name)) in enumerate(zip(axes, METRICS.items(), strict=True)):
-        reached: list[float] = []
         for place, flags in enumerate(arms.values()):
             values = [100 * one[metric] for one in runs_of(flags, entries)]
-            reached += values
             color = f"C{0 if flags else 1}"
             measured.draw_seeds(axis, values, place, color)
             mean = f"{statistics.mean(values):.1f}"
@@ -266,9 +264,9 @@ def draw(question: Question, entries: list[dict[str, Any]], file: Path) -> None:
             )
         axis.set_yticks(range(len(arms)), list(arms) if number == 0 else [])
         axis.set_ylim(len(arms) - 0.5, -0.5)  # the first row on top
-        middle, width = (max(reached) + min(reached)) / 2, max(reached) - min(reached)
-        half = max(SPAN, 1.4 * width) / 2  # with room for the words
-        axis.set_xlim(middle - half, middle + half)
+        low, high = axis.dataLim.intervalx
+        beside = max(SPAN, 1.4 * (high - low)) / 2  # of the middle; with room for the words
+        axis.set_xlim((low + high) / 2 - beside, (low + high) / 2 + beside)
         axis.grid(axis="x", alpha=0.3)
         axis.set_xlabel(f"{name}, accuracy in % (validation)")
     fn.save_figure(figure, file)
