@@ -26,10 +26,12 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T  # the smaller side first: smaller products
     # No singular value above 1; before the cast, as float16 has no numbers for a small gradient.
-    x = (x / x.norm().clamp(min=1e-20)).to(dtype)
+    # Contiguous, as a sum of two layouts is slow.
+    x = (x / x.norm().clamp(min=1e-20)).to(dtype).contiguous()
     for _ in range(ITERATIONS):
         gram = x @ x.T
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        polynomial = torch.addmm(gram, gram, gram, beta=B, alpha=C)  # B x x^T + C (x x^T)^2
+        x = torch.addmm(x, polynomial, x, beta=A)
     return (x if wide else x.T).to(matrix.dtype)
 
 
@@ -79,6 +81,8 @@ class Muon(EachParameter):
             w.sub_(update, alpha=group["lr"])
             return
         length = w.norm()
-        o = orthogonalized(update.flatten(1), self.dtype).view_as(w)
+        # A convolution's channels last, as they lie in memory: there is nothing to copy.
+        rows = update.movedim(1, -1)
+        o = orthogonalized(rows.flatten(1), self.dtype).view(rows.shape).movedim(-1, 1)
         w.sub_(o * (group["lr"] * length / o.norm().clamp(min=1e-20)))
         w.mul_(length / w.norm().clamp(min=1e-20))

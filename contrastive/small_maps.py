@@ -1,4 +1,4 @@
-"""3x3 convolutions of small maps as matrix products: what makes small images fast on a CPU.
+"""Layers of small maps as matrix products and means: what makes small images fast on a CPU.
 
 The last layers of an encoder see 32-pixel images as maps of 4x4 pixels and less, for which a
 library made for large maps takes several times as long (benchmarks/convolution.py).
@@ -6,43 +6,74 @@ library made for large maps takes several times as long (benchmarks/convolution.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 
 def use_small_maps(network: nn.Module) -> None:
-    """Replace a network's 3x3 convolutions by SmallMapConv2d, with the same weights and names."""
+    """Replace a network's 3x3 and 1x1 convolutions and its last mean by the layers below, with the
+    same weights and names."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3):
                 setattr(module, name, SmallMapConv2d.of(layer))
+            elif type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1):
+                setattr(module, name, SmallMapPointwise.of(layer))
+            elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
+                setattr(module, name, SmallMapMean(1))
 
 
-class SmallMapConv2d(nn.Conv2d):
+class SameLayer(nn.Conv2d):
+    """A convolution without bias that can be made of another."""
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Self:
+        """The same layer, computed this way."""
+        # On the meta device: its own weights are not drawn, the random numbers of others stay.
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            kernel_size=layer.kernel_size[0],
+            stride=layer.stride[0],
+            padding=layer.kernel_size[0] // 2,
+            bias=False,
+            device="meta",
+        )
+        new.weight = layer.weight
+        return new
+
+
+class SmallMapMean(nn.AdaptiveAvgPool2d):
+    """The mean over a map, (B, C, H, W) -> (B, C, 1, 1), whose gradient has the map's own layout.
+
+    On the CPU only. PyTorch's has another, and the layer before pays for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)[:, :, None, None]
+
+
+class SmallMapPointwise(SameLayer):
+    """A 1x1 convolution that computes maps of up to 4x4 pixels as one product, on the CPU only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or max(x.shape[2:]) > 4:
+            return super().forward(x)
+        y = nn.functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1))
+        return y.permute(0, 3, 1, 2)
+
+
+class SmallMapConv2d(SameLayer):
     """A 3x3 convolution, padding 1, that computes maps of up to 4x4 output pixels as products.
 
     On the CPU only. The same parameters and, to rounding, the same result as nn.Conv2d's. It also
     avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, at times not even finite
     (2.14).
     """
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> SmallMapConv2d:
-        """The same layer, computed this way."""
-        # On the meta device: its own weights are not drawn, the random numbers of others stay.
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            kernel_size=3,
-            stride=layer.stride[0],
-            padding=1,
-            bias=False,
-            device="meta",
-        )
-        new.weight = layer.weight
-        return new
 
     def forward(self, x: Tensor) -> Tensor:
         side, stride = max(x.shape[2:]), self.stride[0]

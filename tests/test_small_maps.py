@@ -35,6 +35,31 @@ def test_a_small_map_is_convolved_as_any_other(height, width, stride):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["pointwise", "mean"])
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_a_small_map_is_widened_and_averaged_as_any_other(kind, size):
+    """Value and gradients are torch's, in either memory format; the mean's gradient has the map's
+    own."""
+    torch.manual_seed(0)
+    theirs = {"pointwise": nn.Conv2d(5, 7, 1, bias=False), "mean": nn.AdaptiveAvgPool2d(1)}[kind]
+    both = [nn.Sequential(layer.double()) for layer in (theirs, copy.deepcopy(theirs))]
+    small_maps.use_small_maps(both[0])
+    assert type(both[0][0]) in (small_maps.SmallMapPointwise, small_maps.SmallMapMean)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 5, size, size, dtype=torch.float64).contiguous(
+            memory_format=memory_format
+        )
+        outcomes = []
+        for network in both:
+            given = x.detach().requires_grad_()
+            y = network(given)
+            wanted = (given, *network.parameters())
+            outcomes.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        torch.testing.assert_close(*outcomes)
+    if kind == "mean":
+        assert outcomes[0][1].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_small_maps_follow_autocast(size):
     torch.manual_seed(0)
