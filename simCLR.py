@@ -299,7 +299,7 @@ class Optimisation(fn.SeveralDevices):
     """images that are in memory at once (all of the batch unless given): the same gradient, a
     third more arithmetic"""
     optimizer: Literal["sgd", "adam", "adamw", "lars", "muon"] = "sgd"
-    """the paper: lars, which matters for batches above 4096; muon steps alike in all directions"""
+    """the paper: lars, which matters for large batches; muon steps alike in all directions"""
     momentum: float = 0.9
     """of sgd, lars and muon"""
     nesterov: bool = False

@@ -105,7 +105,7 @@ def plot_few_labels(
             axis.fill_between(x, *band, color=f"C{color}", alpha=0.2, linewidth=0)
             if len(x) == 1:  # whose band has no width
                 axis.errorbar(x, means, spread, color=f"C{color}", capsize=4)
-        axis.set(title=method, xlabel="labels per class", xscale="log")
+        axis.set(title=method, xlabel="labels per class (logarithmic)", xscale="log")
         axis.set_ylabel(f"{held_out} accuracy")
         counts = sorted({few.images / classes for few in ours})
         axis.set_xticks(counts, [f"{count:,.3g}" for count in counts])
@@ -116,8 +116,9 @@ def plot_few_labels(
     for axis in panels:  # the same scale in all panels
         axis.set_ylim(min(limits), max(limits))
         fn.of_accuracy(axis)
-    legend = panels[0].get_legend_handles_labels()
-    figure.legend(*legend, loc="outside right center", frameon=False)
+    if len(found) > 1:
+        legend = panels[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside right center", frameon=False)
     fn.save_figure(figure, file)
 
 
@@ -198,9 +199,11 @@ def plot_certainty(found: Certainty, file: Path) -> None:
         curve = kept_accuracy(value, found.right)
         share = np.arange(1, len(curve) + 1) / len(curve)
         start = len(curve) // 50  # of a handful, accuracy is noise
-        axes[0].plot(share[start:], curve[start:], color=f"C{color}", label=name)
+        line = "--" if name == "probe's entropy" else "-"  # on that of its softmax, nearly
+        axes[0].plot(share[start:], curve[start:], line, color=f"C{color}", label=name)
         if name in found.falling:
-            axes[1].plot(SHARES, found.falling[name], color=f"C{color}", marker="o", markersize=4)
+            falls = found.falling[name]
+            axes[1].plot(SHARES, falls, line, color=f"C{color}", marker="o", markersize=4)
     axes[0].set(title="The probe on the surest images", xlabel="share that is kept")
     axes[0].set_ylabel("accuracy")
     fn.of_accuracy(axes[0])

@@ -1,4 +1,4 @@
-"""LARS, the paper's optimizer for batches above 4,096: a rate of its own for every layer."""
+"""LARS, the paper's optimizer: a rate of its own for every layer, which large batches need."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Layers of small maps as matrix products and means: what makes small images fast on a CPU.
 
 The last layers of an encoder see 32-pixel images as maps of 4x4 pixels and less, for which a
-library made for large maps takes several times as long (benchmarks/convolution.py).
+library made for large maps takes up to several times as long (benchmarks/convolution.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,21 @@ def use_small_maps(network: nn.Module) -> None:
     same weights and names."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3):
+            if is_plain(layer) and layer.kernel_size == (3, 3):
                 setattr(module, name, SmallMapConv2d.of(layer))
-            elif type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1):
+            elif is_plain(layer) and layer.kernel_size == layer.stride == (1, 1):
                 setattr(module, name, SmallMapPointwise.of(layer))
             elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
                 setattr(module, name, SmallMapMean(1))
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution as the encoders here have them: one that keeps a map's size, or
+    halves it, and has no bias."""
+    if type(layer) is not nn.Conv2d or layer.bias is not None:
+        return False
+    same = layer.padding == tuple(side // 2 for side in layer.kernel_size)
+    return same and layer.groups == 1 and layer.dilation == (1, 1)
 
 
 class SameLayer(nn.Conv2d):

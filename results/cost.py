@@ -23,7 +23,13 @@ import functions as fn  # noqa: E402
 import simCLR  # noqa: E402
 from contrastive.arithmetic import T  # noqa: E402
 
-METHODS = {"SimCLR": "o", "EMP-SSL": "s", "SIGReg": "^", "VICReg": "v"}
+METHODS = {  # each with its marker, and how it is called
+    "SimCLR": ("o", "SimCLR, published: ResNet-18"),
+    "textbook": ("x", "SimCLR, told to us: ResNet-18, torchvision's stem"),
+    "EMP-SSL": ("s", "EMP-SSL, published: ResNet-18"),
+    "SIGReg": ("^", "SIGReg, published: ResNet-18"),
+    "VICReg": ("v", "VICReg, published: ResNet-18"),
+}
 Kind = tuple[str, str, float, int | None]
 Words = dict[str, Any]
 # Where a point has its words.
@@ -63,10 +69,9 @@ def draw(file: Path) -> None:
     """A dot per published number, and a line of ours, over T on a logarithmic axis."""
     published = json.loads((HERE / "anchors.json").read_text())
     figure, axis = fn.new_figure(9, 5)
-    for method, marker in METHODS.items():
+    for method, (marker, name) in METHODS.items():
         theirs = [one for one in published if one["method"] == method]
         t, linear = [one["t"] for one in theirs], [one["linear"] for one in theirs]
-        name = f"{method}, published: ResNet-18"
         axis.plot(t, linear, marker, color="0.55", fillstyle="none", label=name)
     # Two of one cost and length stand close together, and have their length once.
     lengths = {(one["t"], epochs(one["setting"])): one["linear"] for one in reversed(published)}
@@ -80,7 +85,7 @@ def draw(file: Path) -> None:
         t, linear = [point[0] for point in points], [point[1] for point in points]
         axis.plot(t, linear, "o-", color=color, label=f"SimCLR, here: {name}")
         for *point, n in points:
-            words = f"{point[1]:.1f}" + (f" ({n} seeds)" if n > 1 else "")
+            words = f"{point[1]:.1f} %" + (f" ({n} seeds)" if n > 1 else "")
             place = last if point[0] == t[-1] else before
             axis.annotate(words, point, color=color, **place, **style)
     axis.set_xscale("log")
@@ -88,9 +93,12 @@ def draw(file: Path) -> None:
     ticks = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 15, 50)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("arithmetic of pretraining in T (logarithmic)")
+    unit = "T, the arithmetic of 300 epochs of ResNet-18 with torchvision's stem"
+    axis.set_xlabel(f"cost of pretraining in {unit} (logarithmic)")
     axis.set_ylabel("linear accuracy on CIFAR-10 in %")
-    axis.set_title("How much is learned from how little arithmetic, without labels")
+    axis.set_title(
+        "How much is learned from how little arithmetic, without labels (ours: JPEG copy)"
+    )
     axis.legend(loc="lower right", frameon=False)
     fn.save_figure(figure, file)
 

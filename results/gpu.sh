@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ACC=${ACC:-cuda} PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu}
 DATA=${DATA:-data/cifar10-jpeg}
-[ -d "$DATA" ] || DATA=digits
+[ -d "$DATA" ] || { echo "no folder $DATA: taking digits" >&2; DATA=digits; }
 export TEST_DEVICE=$ACC PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 

@@ -144,6 +144,12 @@ def test_layers_are_replaced_with_their_weights_and_no_random_number_is_drawn():
     assert list(ours.state_dict()) == list(plain.state_dict())
     assert all(map(torch.equal, ours.state_dict().values(), plain.state_dict().values()))
 
+    others = [{"bias": True}, {"groups": 2}, {"dilation": 2, "padding": 2}, {"padding": 0}]
+    for named in others:
+        other = nn.Sequential(nn.Conv2d(4, 4, 3, **{"bias": False, "padding": 1} | named))
+        small_maps.use_small_maps(other)
+        assert type(other[0]) is nn.Conv2d, named
+
     layers = [m for m in ours.modules() if isinstance(m, nn.Conv2d)]
     kinds = {type(layer) for layer in layers if layer.kernel_size == (3, 3)}
     assert kinds == {small_maps.SmallMapConv2d}

@@ -248,7 +248,7 @@ def page(
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## What is it worth?", VERDICT]
-    parts.append("![The linear probe on the images that are surest](kept.png)")
+    parts.append("![What the linear probe gains on the images that are surest](kept.png)")
     parts += ["## Does it cost accuracy?", "\n".join(costs), COSTS]
     parts += ["## Each certainty, each question", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
@@ -299,9 +299,9 @@ def keep_surest(runs: list[str]) -> None:
 
 @fn.drawing
 def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
-    """The probe's accuracy on the surest images: the mean over the seeds, in a band of one standard
-    deviation. What needs labels is black, what plain SimCLR has without them grey; each loss has a
-    probe of its own encoder."""
+    """By how much the probe's accuracy on the surest images is better than on all of them: the mean
+    over the seeds, in a band of one standard deviation. What needs labels is black, what plain
+    SimCLR has without them grey; each loss has a probe of its own encoder."""
     ways = by_way(entries)
     norm, neighbour, softmax = BARS
     styles = {
@@ -314,13 +314,13 @@ def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
     for way, (color, name) in styles.items():
         curves = np.array(known([one["kept"] for one in ways.get(way, [])]))  # (seeds, shares)
         if len(curves):
+            curves = 100 * (curves - curves[:, -1:])  # each encoder has an accuracy of its own
             mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
             axis.plot(KEPT, mean, color=color, label=name)
             band = mean - spread, mean + spread
             axis.fill_between(KEPT, *band, color=color, alpha=0.15, linewidth=0)
-    axis.set(title="The linear probe on the images that are surest", xlabel="share that is kept")
-    axis.set_ylabel("test accuracy")
-    fn.of_accuracy(axis)
+    axis.set(title="What the linear probe gains if only the surest images are kept")
+    axis.set(xlabel="share of the test images that is kept", ylabel="points of accuracy gained")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     fn.save_figure(figure, file)
