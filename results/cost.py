@@ -35,6 +35,7 @@ Words = dict[str, Any]
 # Where a point has its words.
 ABOVE: Words = {"xytext": (0, 9), "ha": "right"}
 BELOW: Words = {"xytext": (0, -16), "ha": "right"}
+OVER: Words = {"xytext": (0, 9), "ha": "center"}
 UNDER: Words = {"xytext": (0, -16), "ha": "center"}
 BESIDE: Words = {"xytext": (8, 0), "ha": "left", "va": "center"}
 # (encoder, optimizer, width, length of h if widened): what it is called, its colour, and where its
@@ -44,6 +45,7 @@ KINDS: dict[Kind, tuple[str, str, Words, Words]] = {
     ("compact", "sgd", 1, None): ("compact encoder", "C0", BELOW, UNDER),
     ("compact", "muon", 1, None): ("compact encoder, Muon", "C2", ABOVE, BESIDE),
     ("compact", "muon", 1, 2048): ("compact encoder, Muon, h of 2,048", "C3", ABOVE, BESIDE),
+    ("compact", "muon", 1.5, 4096): ("1.5 times as wide, h of 4,096", "C4", ABOVE, OVER),
 }
 
 
