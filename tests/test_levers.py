@@ -639,5 +639,5 @@ def test_the_papers_setting_trains(run_here, tmp_path):
     flags += ["--dataset", "digits", "--epochs", 1, "--batch_size", 700, "--stages", "pretrain"]
     done = run_here(script, *flags, "--output_dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "lars, learning rate 1 = 1, warm-up" in done.stdout
+    assert "lars, learning rate 1 x 700/256 = 2.73438, warm-up" in done.stdout
     assert "2 steps an epoch" in done.stdout
