@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_rate, assert_same_bits, cloned_state, make_config
@@ -207,6 +208,26 @@ def test_noise_asks_for_small_weights_and_clear_classes_for_large_ones(per_class
     assert probing.best_penalty(blobs(per_class=per_class), seed=0) == max(probing.PENALTIES)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_penalties_are_compared_as_scikit_learn_compares_them(num_classes):
+    """Its cross-validation, which computes in float64."""
+    features = noisy_blobs(noise=0.6, per_class=60)
+    features = features.labelled((features.train_labels < num_classes).nonzero().flatten())
+    h, labels = features.train.numpy(), features.train_labels.numpy()
+    fitted, held_out = np.split(np.arange(len(h)), 2)
+    reference = LogisticRegressionCV(
+        Cs=probing.PENALTIES,
+        l1_ratios=(0,),
+        cv=[(fitted, held_out)],
+        scoring="neg_log_loss",
+        max_iter=100,
+        refit=False,
+        use_legacy_attributes=False,
+    ).fit(h, labels)
+    found = probing.likelihoods(h, labels, fitted, held_out)
+    np.testing.assert_allclose(found, reference.scores_.squeeze(), rtol=1e-2)
+
+
 def test_a_class_too_small_to_choose_by_does_not_choose_for_all():
     """One label of a fourth class, beside clear ones of many."""
     features = blobs(num_classes=4, per_class=100)
@@ -262,18 +283,13 @@ def test_what_differs_between_an_image_and_its_mirror_image_says_nothing(probe):
 def test_no_mirror_image_of_what_is_held_out_helps_to_choose(per_class, folds, alone, monkeypatch):
     """A fifth of the images is held out, and the others learned from with their mirror images; the
     image of a class that has no other takes no part."""
-    splits, learned = [], []
+    splits, plain = [], probing.likelihoods
 
-    class Noted(LogisticRegressionCV):
-        def __init__(self, cv, **named):
-            splits.extend(cv)
-            super().__init__(cv=cv, **named)
+    def noted(h, labels, *split):
+        splits.append((h, *split))
+        return plain(h, labels, *split)
 
-        def fit(self, h, labels):
-            learned.append(h)
-            return super().fit(h, labels)
-
-    monkeypatch.setattr("sklearn.linear_model.LogisticRegressionCV", Noted)
+    monkeypatch.setattr(probing, "likelihoods", noted)
     features = blobs(per_class=per_class)
     features = dataclasses.replace(features, mirrored=-features.train)
     if alone:
@@ -281,11 +297,11 @@ def test_no_mirror_image_of_what_is_held_out_helps_to_choose(per_class, folds, a
         features = features.labelled(kept.nonzero().flatten())
     probing.best_penalty(features, seed=0)
 
-    (h,), count = learned, (3 - alone) * per_class
-    assert len(h) == 2 * count
-    assert (h[count:] == -h[:count]).all()
+    count = (3 - alone) * per_class
     assert len(splits) == folds
-    for fitted, held_out in splits:
+    for h, fitted, held_out in splits:
+        assert len(h) == 2 * count
+        assert (h[count:] == -h[:count]).all()
         assert max(held_out) < count
         assert len(held_out) == count // 5
         assert sorted([*(fitted % count), *held_out, *held_out]) == sorted([*range(count)] * 2)
