@@ -25,6 +25,7 @@ from machinery.errors import UserError, check
 # Optuna is imported where it is needed: it takes a second, and --help can do without it.
 if TYPE_CHECKING:
     import optuna
+    import sqlalchemy
 
     Objective = Callable[[optuna.Trial], float]
     Listener = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
@@ -117,9 +118,24 @@ def connect(url: str, name: str, heartbeat: int | None) -> optuna.Study:
         }
     await_lock = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
     storage = optuna.storages.RDBStorage(url, engine_kwargs=await_lock, **signs)
+    if await_lock:
+        lock_when_begun(storage.engine)
     return optuna.create_study(
         storage=storage, study_name=name, load_if_exists=True, direction="minimize"
     )
+
+
+def lock_when_begun(engine: sqlalchemy.Engine) -> None:
+    """Let each transaction of a SQLite database lock it as soon as it begins.
+
+    Else it does so where it first writes, and what it has read until then another worker may have
+    changed: two would find the same trial dead, and both retry it.
+    """
+    from sqlalchemy import event
+
+    engine.dispose()  # connections that are open already
+    event.listen(engine, "connect", lambda opened, _: setattr(opened, "isolation_level", None))
+    event.listen(engine, "begin", lambda opened: opened.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

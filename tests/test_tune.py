@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -650,6 +651,26 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         trials.retry(study, study.trials[number])
     assert len(study.trials) == 4, "retried three times, and no more"
+
+
+def test_a_trial_that_two_workers_find_dead_is_failed_by_one(tmp_path, monkeypatch):
+    """The second asks while the first has read the trial, but not yet changed it."""
+    config = tune.Config(dataset="digits", storage=f"sqlite:///{tmp_path}/x.db")
+    studies = [tune.open_study(config, config.storage, DATA) for _ in range(2)]
+    first, second = (study._storage._backend for study in studies)
+    trial_id, failed = first.create_new_trial(1), optuna.trial.TrialState.FAIL
+    check, asking = first.check_trial_is_updatable, ThreadPoolExecutor(1)
+    answers = []
+
+    def let_the_other_ask(*trial):
+        answers.append(asking.submit(second.set_trial_state_values, trial_id, failed))
+        time.sleep(0.5)  # it now waits, or has done it
+        check(*trial)
+
+    monkeypatch.setattr(first, "check_trial_is_updatable", let_the_other_ask)
+    assert first.set_trial_state_values(trial_id, failed)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        answers[0].result()
 
 
 def test_a_trial_beyond_the_last_is_not_counted(tmp_path):
