@@ -133,8 +133,6 @@ def lock_when_begun(engine: sqlalchemy.Engine) -> None:
     """
     from sqlalchemy import event
 
-    engine.dispose()  # connections that are open already
-    event.listen(engine, "connect", lambda opened, _: setattr(opened, "isolation_level", None))
     event.listen(engine, "begin", lambda opened: opened.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
