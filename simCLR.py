@@ -62,7 +62,7 @@ from contrastive.muon import Muon
 from contrastive.plan import check_data, print_model, print_plan
 from contrastive.pretrained import as_trained, check_encoder, encoder_file, load_trained
 from contrastive.probe import LinearClassifier  # noqa: F401
-from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
+from contrastive.representation import Resized, in_cells, on_crops, recalibrate, up_to_layer
 from contrastive.sets import Sets, as_shown, at_learned_size, load_sets
 from contrastive.signals import KnnMonitor, Monitored, knn_monitor
 from contrastive.small_maps import use_small_maps
@@ -655,7 +655,8 @@ def main(config: Config) -> None:
         # The numbers first: nothing else is worth losing them.
         run.save(**results)
         if "features" in config.stages_list:
-            save_features(nn.Sequential(see, measured), sets.measured, config.machine, folder)
+            h = nn.Sequential(see, on_crops(measured, config.ten_crops))
+            save_features(h, sets.measured, config.machine, folder)
         if pretrained is not None:
             figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
         if evaluation is not None:

@@ -27,7 +27,7 @@ from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Star
 from contrastive.looking import Looked, look, plot_surest
 from contrastive.pretrained import encoder_file, has_head
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
-from contrastive.representation import Mirrored, Resized
+from contrastive.representation import Mirrored, Resized, on_crops
 from functions import ImageDataset, Subset, check
 
 STAGES = (
@@ -92,8 +92,12 @@ class EvaluationSettings(CertaintySettings, FineTuningSettings, FewLabelsSetting
         problem = f"--recalibrate measures on what was learned from, not on --evaluate_on: {remedy}"
         check(not (transfer and self.recalibrate), problem)
         of_h = {"finetune", "certainty"} & set(self.stages_list)
-        for flag, is_h in (("layer", self.probe_layer == 0), ("cells", self.probe_cells == 1)):
-            problem = f"--probe_{flag} is not for {' and '.join(sorted(of_h))}, which take h"
+        for flag, is_h in {
+            "probe_layer": self.probe_layer == 0,
+            "probe_cells": self.probe_cells == 1,
+            "ten_crops": not self.ten_crops,
+        }.items():
+            problem = f"--{flag} is not for {' and '.join(sorted(of_h))}, which take h"
             check(is_h or not of_h, f"{problem}: leave it out")
         one = self.left_out == [] or self.evaluate_on is None or "pretrain" not in self.stages_list
         problem = "--without_classes is about one set, and --evaluate_on names another"
@@ -313,7 +317,8 @@ def evaluate(
         measured = measure_baselines(untrained, own, images, settings, folder)
 
     see = nn.Sequential(Resized(settings.evaluation_size), normalize)
-    h = features_of(nn.Sequential(see, encoder), images, settings)
+    looks = nn.Sequential(see, on_crops(encoder, settings.ten_crops))
+    h = features_of(looks, images, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
     what = f" of {data.name}" if settings.evaluate_on else ""
     print(f"measuring the pretrained encoder on {labelled}{what}", flush=True)
@@ -349,7 +354,8 @@ def measure_baselines(
     alike = replace(settings, stages=compared)  # what is only looked at needs no probe here
     pixels = features_of(nn.Sequential(normalize, nn.Flatten()), images, settings)
     see = nn.Sequential(Resized(settings.evaluation_size), normalize)
-    h = features_of(nn.Sequential(see, untrained), images, settings)
+    looks = nn.Sequential(see, on_crops(untrained, settings.ten_crops))
+    h = features_of(looks, images, settings)
     place = folder / "from-scratch"
     scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
     return {

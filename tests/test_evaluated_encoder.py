@@ -10,12 +10,13 @@ from helpers import NARROW, cloned_state, make_config, randint, randn, user_erro
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import ten_crop
 
 import functions as fn
 import simCLR
 from contrastive import evaluation
 from contrastive import probe as probing
-from contrastive.representation import Resized, in_cells, recalibrate, up_to_layer
+from contrastive.representation import Resized, in_cells, on_crops, recalibrate, up_to_layer
 from contrastive.whitening import whiten
 
 SHORT = [
@@ -451,6 +452,45 @@ def test_cells_are_the_means_of_the_parts_of_the_last_map(name, feature_dim):
         assert in_cells(encoder, 1) is encoder
         encoder.conv1.weight.zero_()  # its weights are the encoder's own
         assert not torch.equal(in_cells(encoder, 2)(x), cells)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (20, 13)])
+def test_ten_crops_are_torchvisions_but_the_centre_which_is_the_whole_image(height, width):
+    encoder = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    x = randn(4, 3, height, width, dtype=torch.float32)
+    crops = list(ten_crop(x, [height - height // 8, width - width // 8]))
+    crops[4], crops[9] = x, x.flip(-1)
+    with torch.no_grad():
+        expected = torch.stack([encoder(crop) for crop in crops]).mean(0)
+        torch.testing.assert_close(on_crops(encoder, ten=True)(x), expected)
+        torch.testing.assert_close(on_crops(encoder, ten=True)(x.flip(-1)), expected)
+    assert on_crops(encoder, ten=False) is encoder
+
+
+def test_ten_crops_are_measured_but_not_of_raw_pixels(run_here, tmp_path):
+    """h of every stage is their mean, and of the untrained encoder, too."""
+    whole, crops = ["--output_dir", "whole"], ["--ten_crops", "--output_dir", "crops"]
+    few = ["--stages", "knn,probe,features", "--probe", "lbfgs", "--labels_per_class", 5]
+    flags = ["--dataset", "digits", "--checkpoint", "pretrained", "--knn_k", 5, *few]
+    first = [*SHORT, "--epochs", 1, "--stages", "pretrain", "--output_dir", "pretrained"]
+    for more in (first, [*flags, *whole], [*flags, *crops]):
+        done = run_here("simCLR.py", *more, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+    results = {
+        name: json.loads((tmp_path / name / "results.json").read_text())
+        for name in ("whole", "crops")
+    }
+    raw, untrained = (
+        {name: results[name]["baselines"][of] for name in results}
+        for of in ("raw_pixels", "untrained_encoder")
+    )
+    assert raw["crops"] == raw["whole"]
+    assert untrained["crops"] != untrained["whole"]
+    h = {name: np.load(tmp_path / name / "features.npz")["h"] for name in results}
+    assert h["crops"].shape == h["whole"].shape
+    assert not np.allclose(h["crops"], h["whole"], rtol=0.01)
+    correlation = np.corrcoef(h["crops"].ravel(), h["whole"].ravel())[0, 1]
+    assert correlation > 0.5
 
 
 def test_mirror_images_are_for_the_probe_alone(image_folder, tmp_path):
