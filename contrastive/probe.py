@@ -48,9 +48,9 @@ class ProbeSettings(fn.RunConfig):
     """cells a side, over each of which the encoder's last map is averaged for what is measured: 1
     is h; 2 keeps where in an image things are, in four times as many numbers (Goyal et al. 2019)"""
     ten_crops: bool = False
-    """what is measured is the mean over the image, its four corners, and the mirror images of these
-    (Krizhevsky et al. 2012, Section 4.1), in eight times the arithmetic; leave it out where left
-    and right matter"""
+    """what is measured is the mean over an image, its four corners, and the mirror images of these
+    five (after Krizhevsky et al. 2012, Section 4.1), for eight to nine times the arithmetic; leave
+    it out where left and right matter"""
 
     def validate(self) -> None:
         super().validate()
@@ -59,10 +59,12 @@ class ProbeSettings(fn.RunConfig):
         self.require("probe_cells", fn.at_least(1))
         both = self.probe_layer > 0 and self.probe_cells > 1
         check(not both, "--probe_layer is made of h, --probe_cells is not: leave one of them out")
+        both = self.probe_cells > 1 and self.ten_crops
+        problem = "--probe_cells keeps where things are, --ten_crops averages over it"
+        check(not both, f"{problem}: leave one of them out")
         both = self.probe_mirror and self.ten_crops
-        check(
-            not both, "--probe_mirror: mirror images are among --ten_crops, leave one of them out"
-        )
+        problem = "--probe_mirror: --ten_crops has the mirror images already"
+        check(not both, f"{problem}, leave one of them out")
         self.require("probe_batch_size", fn.at_least(2))
         self.require("knn_temperature probe_learning_rate", fn.POSITIVE)
 

@@ -78,10 +78,11 @@ def in_cells(encoder: nn.Module, cells: int) -> nn.Module:
 class TenCrops(nn.Module):
     """What an encoder makes of ten crops of each image, on average (--ten_crops): of the whole
     image, of its four corners, seven eighths of the side each, and of the mirror images of these
-    five (Krizhevsky, Sutskever & Hinton 2012, Section 4.1, whose fifth crop is the centre).
+    five (after Krizhevsky, Sutskever & Hinton 2012, Section 4.1, whose fifth crop is the centre,
+    and who average what is predicted, not h).
 
-    Images (B, 3, H, W) -> (B, D). What differs from crop to crop says little of what is in the
-    image; what is common to all stays. It takes eight times the arithmetic of h alone.
+    Images (B, 3, H, W) -> float32 (B, D). What differs from crop to crop says little of what is in
+    the image; what is common to all stays. It takes eight to nine times the arithmetic of h alone.
     """
 
     def __init__(self, encoder: nn.Module) -> None:

@@ -117,8 +117,13 @@ def as_shown(
     )
     if settings.left_out:
         other["classes"] = list(data.classes)
-    size = settings.evaluation_size or data.train_images.shape[-1]
-    return {**other, "shown": {"size": size, "normalize": normalize.record()}}
+    shown = {
+        "size": settings.evaluation_size or data.train_images.shape[-1],
+        "normalize": normalize.record(),
+    }
+    if settings.ten_crops:
+        shown["ten_crops"] = True
+    return {**other, "shown": shown}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -166,6 +166,7 @@ BAD = [
     (SIMCLR, [*LATER, "finetune", "--probe_layer", "1"], "--probe_layer", "finetune"),
     (SIMCLR, [*LATER, "certainty", "--ten_crops"], "--ten_crops", "certainty"),
     (SIMCLR, [*LATER, "probe", "--ten_crops", "--probe_mirror"], "--probe_mirror", "leave one"),
+    (SIMCLR, [*LATER, "probe", "--ten_crops", "--probe_cells", "2"], "--probe_cells", "leave one"),
     (SIMCLR, [*LATER, "knn", *OTHER_SET, "--recalibrate"], "--recalibrate", "--evaluate_on"),
     (SIMCLR, [*LATER, "knn", "--devices", "2"], "--devices", "pretrain"),
     (SIMCLR, [*DIGITS, "--evaluate_on", "noimages"], "--evaluate_on", "no images"),
