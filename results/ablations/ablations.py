@@ -211,7 +211,8 @@ pretraining, beside other work: no measure of speed.
 
     python simCLR.py --config {CONFIG}
 
-with the flags of the row, and `--seed`.
+with the flags of the row, and `--seed`; `counted_twice.py` is a script beside this page, which takes
+the same flags.
 """
 
 
