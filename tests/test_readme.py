@@ -124,6 +124,7 @@ def accuracies(value):
                 yield f"{100 * inner:.1f} %"
             if key.endswith("accuracies"):
                 yield mean_and_deviation(inner)
+                yield ", ".join(f"{100 * draw:.1f}" for draw in inner)  # raw values, in a column
             yield from accuracies(inner)
 
 
@@ -147,6 +148,7 @@ def test_every_accuracy_on_a_page_stands_in_the_results():
     for row, folder in rows:
         measured = set(accuracies(results_of(folder)))
         quoted = set(re.findall(r"[\d.]+(?: ± [\d.]+)? %", row))
+        quoted |= set(re.findall(r"(?<=\| )[\d.]+(?:, [\d.]+)+(?= \|)", row))
         assert quoted
         assert quoted <= measured, f"{quoted - measured} in {row}"
 
