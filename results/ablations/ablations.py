@@ -211,8 +211,8 @@ pretraining, beside other work: no measure of speed.
 
     python simCLR.py --config {CONFIG}
 
-with the flags of the row, and `--seed`; `counted_twice.py` is a script beside this page, which takes
-the same flags.
+with the flags of the row, and `--seed`; `counted_twice.py` is a script beside this page, with the
+same flags.
 """
 
 
