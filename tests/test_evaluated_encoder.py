@@ -557,7 +557,7 @@ def test_every_probe_learns_from_mirror_images(image_folder, run_here, tmp_path,
 def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):
     flags = [*SHORT, "--epochs", 1, "--stages", "pretrain,knn,probe,features", "--probe_cells", 2]
     flags += ["--image_size", 16, "--encoder", "compact", "--stem", "cifar", "--width", 0.5]
-    flags += ["--baselines", "true"]
+    flags += ["--baselines", "true", "--probe_epochs", 10]
     done = run_here("simCLR.py", *flags, "--output_dir", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert np.load(tmp_path / "out/features.npz")["h"].shape == (1797, 1024)
