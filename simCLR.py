@@ -622,7 +622,7 @@ def main(config: Config) -> None:
     model = build_model(config)
     encoder, cells = model.get_encoder(), config.probe_cells
     head = model.projection_head, config.probe_layer, config.beside_embedding
-    measured = up_to_layer(in_cells(encoder, cells), *head)
+    measured = on_crops(up_to_layer(in_cells(encoder, cells), *head), config.ten_crops)
     untrained = copy.deepcopy(measured)
     recorded = load_trained(model, file, beyond_h) if file else None
     print_model(model, data, config)
@@ -655,8 +655,7 @@ def main(config: Config) -> None:
         # The numbers first: nothing else is worth losing them.
         run.save(**results)
         if "features" in config.stages_list:
-            h = nn.Sequential(see, on_crops(measured, config.ten_crops))
-            save_features(h, sets.measured, config.machine, folder)
+            save_features(nn.Sequential(see, measured), sets.measured, config.machine, folder)
         if pretrained is not None:
             figures.plot_pretraining(pretrained.rows, folder / "pretraining.png")
         if evaluation is not None:

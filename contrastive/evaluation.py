@@ -27,7 +27,7 @@ from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Star
 from contrastive.looking import Looked, look, plot_surest
 from contrastive.pretrained import encoder_file, has_head
 from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
-from contrastive.representation import Mirrored, Resized, on_crops
+from contrastive.representation import Mirrored, Resized
 from functions import ImageDataset, Subset, check
 
 STAGES = (
@@ -317,14 +317,13 @@ def evaluate(
         measured = measure_baselines(untrained, own, images, settings, folder)
 
     see = nn.Sequential(Resized(settings.evaluation_size), normalize)
-    seen = on_crops(encoder, settings.ten_crops)
-    h = features_of(nn.Sequential(see, seen), images, settings)
+    h = features_of(nn.Sequential(see, encoder), images, settings)
     labelled = f"{len(h.train):,} labelled and {len(h.test):,} {settings.held_out} images"
     what = f" of {data.name}" if settings.evaluate_on else ""
     print(f"measuring the pretrained encoder on {labelled}{what}", flush=True)
     # The probe is trained on features, not through the encoder: the same, without running it anew
     # in every epoch. What is saved is the whole classifier, from images to logits.
-    classifier = LinearClassifier(seen.cpu(), h.train.shape[1], len(h.classes))
+    classifier = LinearClassifier(encoder.cpu(), h.train.shape[1], len(h.classes))
     tuning = Tuning(encoder, see, images, h, settings, folder / "finetuning")
     keep = folder / "finetuned.pt"
     ours = measure(h, settings, classifier.classifier, tuning, keep)
@@ -354,8 +353,7 @@ def measure_baselines(
     alike = replace(settings, stages=compared)  # what is only looked at needs no probe here
     pixels = features_of(nn.Sequential(normalize, nn.Flatten()), images, settings)
     see = nn.Sequential(Resized(settings.evaluation_size), normalize)
-    seen = on_crops(untrained, settings.ten_crops)
-    h = features_of(nn.Sequential(see, seen), images, settings)
+    h = features_of(nn.Sequential(see, untrained), images, settings)
     place = folder / "from-scratch"
     scratch = Tuning(untrained, see, images, h, settings, place, scratch=True)
     return {

@@ -51,15 +51,19 @@ KINDS: dict[Kind, tuple[str, str, Words, Words]] = {
 }
 
 
+def kind_of(run: Path) -> Kind:
+    """What kind of recipe a run is of."""
+    config = fn.load_config(simCLR.Config, run / "config.yaml")
+    return config.encoder, config.optimizer, config.width, config.feature_dim
+
+
 def ours() -> dict[Kind, list[tuple[float, float, int]]]:
     """For each kind, its recipes' (T, mean linear accuracy in percent, number of seeds)."""
     found = defaultdict(list)
     for file in HERE.glob("cifar10-*/results.json"):
         results = json.loads(file.read_text())
-        config = fn.load_config(simCLR.Config, file.parent / "config.yaml")
         name, _, _ = file.parent.name.partition("-seed")
-        kind = config.encoder, config.optimizer, config.width, config.feature_dim
-        found[results["pretrain"]["macs"] / T, name, kind].append(
+        found[results["pretrain"]["macs"] / T, name, kind_of(file.parent)].append(
             100 * results["probe"]["test_accuracy"]
         )
     points: dict[Kind, list[tuple[float, float, int]]] = defaultdict(list)
@@ -74,9 +78,8 @@ def averaged() -> tuple[float, float, Kind]:
     trained, crops = (
         json.loads((folder / "results.json").read_text()) for folder in (place, place / "ten-crops")
     )
-    config = fn.load_config(simCLR.Config, place / "config.yaml")
-    kind = config.encoder, config.optimizer, config.width, config.feature_dim
-    return trained["pretrain"]["macs"] / T, 100 * crops["probe"]["test_accuracy"], kind
+    t, linear = trained["pretrain"]["macs"] / T, 100 * crops["probe"]["test_accuracy"]
+    return t, linear, kind_of(place)
 
 
 @fn.drawing
