@@ -11,6 +11,8 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+SMALL = 4  # pixels a side of the largest map (the output's) that is computed this way
+
 
 def use_small_maps(network: nn.Module) -> None:
     """Replace a network's 3x3 and 1x1 convolutions and its last mean by the layers below, with the
@@ -67,17 +69,17 @@ class SmallMapMean(nn.AdaptiveAvgPool2d):
 
 
 class SmallMapPointwise(SameLayer):
-    """A 1x1 convolution that computes maps of up to 4x4 pixels as one product, on the CPU only."""
+    """A 1x1 convolution that computes SMALL maps as one product, on the CPU only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or max(x.shape[2:]) > 4:
+        if x.device.type != "cpu" or max(x.shape[2:]) > SMALL:
             return super().forward(x)
         y = nn.functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1))
         return y.permute(0, 3, 1, 2)
 
 
 class SmallMapConv2d(SameLayer):
-    """A 3x3 convolution, padding 1, that computes maps of up to 4x4 output pixels as products.
+    """A 3x3 convolution, padding 1, whose output is a SMALL map, computed as products.
 
     On the CPU only. The same parameters and, to rounding, the same result as nn.Conv2d's. It also
     avoids PyTorch's bfloat16 gradient for stride 2 on a single pixel, at times not even finite
@@ -86,7 +88,7 @@ class SmallMapConv2d(SameLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         side, stride = max(x.shape[2:]), self.stride[0]
-        if x.device.type != "cpu" or side > 4 * stride:
+        if x.device.type != "cpu" or side > SMALL * stride:
             return super().forward(x)
         if side <= 2:
             return self.dense(x)
