@@ -335,8 +335,8 @@ def make_trainer(
 
     With a `folder`, TensorBoard's events go there. A progress bar appears on a terminal only.
     Several devices train by DDP, one process each; on GPUs, BatchNorm then sees the batches of
-    all (Section 2.2: global BN). `rate` is the flag to lower when the loss diverges; `options` are further ones of
-    Lightning's Trainer.
+    all (Section 2.2: global BN). `rate` is the flag to lower when the loss diverges; `options` are
+    further ones of Lightning's Trainer.
     """
     from lightning.pytorch.loggers import TensorBoardLogger  # slow to import, and not for --help
 

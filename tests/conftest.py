@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+# The tests share the cores: several threads of each would wait for the others', at times for a
+# minute. Before NumPy reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +23,7 @@ from machinery import command_line
 
 pytest.register_assert_rewrite("helpers")  # its asserts then show their values, too
 
-# The tests share the cores, and another number of threads would round differently.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # another number would round differently
 
 # A parser takes a tenth of a second to build, and the tests ask for hundreds.
 command_line.make_parser = functools.cache(command_line.make_parser)
@@ -55,9 +58,8 @@ def run():
 
     def run_script(script: str, *flags: object, cwd: Path, **options: object):
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         options |= {"capture_output": True, "text": True, "timeout": 600}
-        return subprocess.run(command, cwd=cwd, env=environment, **options)
+        return subprocess.run(command, cwd=cwd, **options)
 
     return run_script
 
@@ -75,18 +77,36 @@ class Ended(NamedTuple):
     stderr: str
 
 
+def in_this_process(patch: pytest.MonkeyPatch, script: str, *flags: object, cwd: Path) -> int:
+    """Run a script without starting one, which saves the imports. Returns its exit status."""
+    patch.chdir(cwd)
+    patch.setattr(sys, "argv", [script, *map(str, flags)])
+    module = importlib.import_module(script.removesuffix(".py"))
+    with pytest.raises(SystemExit) as end:
+        fn.command_line(module.main, module.Config, module.__doc__)
+    return int(end.value.code or 0)
+
+
 @pytest.fixture
 def run_here(capfd, monkeypatch):
-    """The same in this process, which saves imports: run_here("rnn.py", cwd=folder) -> Ended."""
+    """As `run`, in this process: run_here("rnn.py", cwd=folder) -> Ended."""
 
     def run_script(script: str, *flags: object, cwd: Path) -> Ended:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        module = importlib.import_module(script.removesuffix(".py"))
         capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            fn.command_line(module.main, module.Config, module.__doc__)
-        return Ended(int(end.value.code or 0), *capfd.readouterr())
+        status = in_this_process(monkeypatch, script, *flags, cwd=cwd)
+        return Ended(status, *capfd.readouterr())
+
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def prepare():
+    """As `run_here`, for what several tests share: prepare("simCLR.py", ..., cwd=folder) runs it to
+    its end without an error."""
+
+    def run_script(script: str, *flags: object, cwd: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            assert in_this_process(patch, script, *flags, cwd=cwd) == 0
 
     return run_script
 

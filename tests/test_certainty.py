@@ -428,6 +428,7 @@ COMMON = {"tenth neighbour", "norm of h", "probe's entropy", "probe's softmax", 
 COMMON |= {"agreement of views", "sharpness"}
 
 
+@pytest.mark.slow
 def test_end_to_end_with_the_head_and_without(image_folder, run_here, tmp_path):
     """What was learned beside the embedding is asked where the head was kept."""
     np.save(tmp_path / "people.npy", np.full((24, 3), 1 / 3) + np.eye(3)[np.arange(24) // 8])

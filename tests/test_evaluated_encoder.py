@@ -97,13 +97,12 @@ def test_the_average_does_not_copy_the_images():
 
 
 @pytest.fixture(scope="module")
-def averaged_run(run, tmp_path_factory):
+def averaged_run(prepare, tmp_path_factory):
     """Three epochs with all that changes the encoder that is measured."""
     cwd = tmp_path_factory.mktemp("averaged")
     flags = [*SHORT, "--ema", 0.8, "--recalibrate", "true", "--evaluation_size", 16]
     flags += ["--whiten", "true", "--output_dir", "whole"]
-    done = run("simCLR.py", *flags, cwd=cwd)
-    assert (done.returncode, done.stderr) == (0, "")
+    prepare("simCLR.py", *flags, cwd=cwd)
     return cwd / "whole", flags
 
 
@@ -529,6 +528,7 @@ def test_mirror_images_are_for_the_probe_alone(image_folder, tmp_path):
     assert torch.equal(both.test, without.test)
 
 
+@pytest.mark.slow
 def test_every_probe_learns_from_mirror_images(image_folder, run_here, tmp_path, monkeypatch):
     """Of raw pixels and of both encoders, with few labels, and what fine-tuning begins with."""
     seen = []

@@ -52,7 +52,7 @@ def page(folder, classes=("cat", EVIL, "dog"), **values):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [2, 100])
+@pytest.mark.parametrize("classes", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_it_is_one_file_below_10_mb_that_asks_for_nothing(classes, tmp_path):
     file = page(tmp_path, [f"class {i}" for i in range(classes)])
     text = file.read_text("utf-8")

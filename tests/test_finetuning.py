@@ -430,6 +430,7 @@ def test_images_are_flipped_as_in_pretraining(image_folder, run_here, tmp_path, 
         assert flips == {expected}
 
 
+@pytest.mark.slow
 def test_both_arms_end_to_end_have_the_same_steps_and_labels(
     image_folder, run_here, tmp_path, monkeypatch
 ):

@@ -209,17 +209,16 @@ TINY = ["--stem", "imagenet", "--batch_size", 32, "--knn_k", 5, "--probe", "lbfg
 
 
 @pytest.fixture(scope="module")
-def pretrained(image_folder, run, tmp_path_factory):
+def pretrained(image_folder, prepare, tmp_path_factory):
     """A run that has learned from the folder of colours, 8 pixels a side."""
     folder = tmp_path_factory.mktemp("pretrained")
     flags = ["--dataset", image_folder, "--image_size", 8, *TINY, "--stages", "pretrain"]
-    done = run("simCLR.py", *flags, "--output_dir", folder / "run", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    prepare("simCLR.py", *flags, "--output_dir", folder / "run", cwd=folder)
     return folder / "run"
 
 
-def measure(run, pretrained, tmp_path, stages, *flags):
-    done = run(
+def measure(run_here, pretrained, tmp_path, stages, *flags):
+    done = run_here(
         "simCLR.py",
         *["--checkpoint", pretrained, "--stages", stages, "--output_dir", "out"],
         *[*TINY[4:8], *flags],
@@ -229,9 +228,9 @@ def measure(run, pretrained, tmp_path, stages, *flags):
     return done
 
 
-def test_looking_leaves_its_figures(image_folder, pretrained, run, tmp_path):
+def test_looking_leaves_its_figures(image_folder, pretrained, run_here, tmp_path):
     flags = ["--dataset", image_folder, "--image_size", 8, "--no-baselines"]
-    done = measure(run, pretrained, tmp_path, "look", *flags)
+    done = measure(run_here, pretrained, tmp_path, "look", *flags)
     out = tmp_path / "out"
     for name in ("neighbours", "typical", "tsne_errors", "confusion_matrix"):
         with Image.open(out / f"{name}.png") as image:
@@ -239,6 +238,7 @@ def test_looking_leaves_its_figures(image_folder, pretrained, run, tmp_path):
     assert (out / "confused.png").is_file() != ("no confused pairs" in done.stdout)
 
 
+@pytest.mark.slow
 def test_a_page_to_explore_of_a_folder_whose_names_look_like_html(
     image_folder, pretrained, run_here, tmp_path
 ):
@@ -263,11 +263,11 @@ def test_a_page_to_explore_of_a_folder_whose_names_look_like_html(
 
 
 def test_features_are_those_of_the_encoder_with_the_names_of_their_files(
-    image_folder, pretrained, run, tmp_path
+    image_folder, pretrained, run_here, tmp_path
 ):
     """As the page says: h, labels, classes, files, splits; loaded without pickles."""
     flags = ["--dataset", image_folder, "--image_size", 8, "--precision", "fp32"]
-    measure(run, pretrained, tmp_path, "features", *flags, "--accelerator", "cpu")
+    measure(run_here, pretrained, tmp_path, "features", *flags, "--accelerator", "cpu")
     taken = np.load(tmp_path / "out/features.npz")
     assert taken["h"].shape == (324, 512)
     assert taken["h"].dtype == np.float32
@@ -307,13 +307,13 @@ def test_features_are_used_in_scikit_learn_as_the_page_says(
     assert float(capfd.readouterr().out) > 0.9  # colours are told apart by almost any features
 
 
-def test_features_of_a_flat_folder_of_grey_images_of_mixed_sizes(pretrained, run, tmp_path):
+def test_features_of_a_flat_folder_of_grey_images_of_mixed_sizes(pretrained, run_here, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "mine/deeper").mkdir(parents=True)
     for i, size in enumerate([(20, 9), (8, 8), (40, 40)]):
         pixels = rng.integers(0, 256, size, dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "mine" / ("deeper" if i else "") / f"{i}.png")
-    measure(run, pretrained, tmp_path, "features", "--evaluate_on", "mine")
+    measure(run_here, pretrained, tmp_path, "features", "--evaluate_on", "mine")
     taken = np.load(tmp_path / "out/features.npz")
     assert taken["files"].tolist() == ["0.png", "deeper/1.png", "deeper/2.png"]
     assert taken["labels"].tolist() == [-1, -1, -1]

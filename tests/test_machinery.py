@@ -581,6 +581,7 @@ def test_auto_precision_is_bfloat16_where_the_hardware_has_it(monkeypatch):
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="counts page faults of glibc's allocator"
 )
+@pytest.mark.slow
 def test_a_prepared_process_does_not_fetch_the_same_memory_again():
     """6 times 40 MiB are 60,000 pages of 4 KiB; a process that keeps memory fetches them once.
 

@@ -251,6 +251,7 @@ def test_the_positive_is_counted_twice():
     assert simCLR.contrastive_loss is contrastive_loss
 
 
+@pytest.mark.slow
 def test_a_run_with_the_common_error_names_its_script(image_folder, run, run_here, tmp_path):
     flags = ["--dataset", image_folder, *NARROW, "--epochs", 1, "--batch_size", 20]
     flags += ["--precision", "fp32", "--stages", "pretrain,knn", "--no-baselines", "--output_dir"]

@@ -165,6 +165,7 @@ def test_torture(script, uninterrupted, image_folder, tmp_path):
     torture(script, int(os.environ.get("KILLS", "20")), uninterrupted, image_folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_resumed_is_bit_identical(uninterrupted, image_folder, tmp_path):
     """It is killed in the third epoch or soon after."""
     reference, _ = uninterrupted("simCLR.py")
@@ -650,6 +651,7 @@ def test_what_a_run_had_reached_stays_where_it_cannot_go_on(how, short_rnn, run_
     assert contents(short_rnn) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(short_rnn, run_here):
     """No file may grow beyond half a checkpoint: there is no room for that of the fourth epoch."""
     most = (short_rnn / "checkpoints/last.ckpt").stat().st_size // 2

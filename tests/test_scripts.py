@@ -276,6 +276,7 @@ def test_a_run_that_diverges_ends_in_one_line(image_folder, run, tmp_path):
     assert "not finite" in done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_terminal_there_is_a_progress_bar_with_time_to_go(image_folder, tmp_path):
     """Under a pseudo-terminal: a bar with the time left, and the epoch lines above it."""
     here, there = pty.openpty()
@@ -349,19 +350,18 @@ def script_in_a_shell(how, *flags, cwd):
     words = shlex.join(
         [sys.executable, str(fn.Path(fn.__file__).parent / "rnn.py"), *map(str, flags)]
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     command = f"set -o pipefail; {words} {how}"
     return subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, timeout=300
     )
 
 
-SHELL = ["", ">&-", "2>&-", "| head -1", "> /dev/full"]
+SHELL = ["", ">&-", "2>&-", ">&- 2>&-", "| head -1", "> /dev/full"]
 
 
-@pytest.mark.parametrize(
-    "how", [">&- 2>&-", *(pytest.param(how, marks=pytest.mark.slow) for how in SHELL)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SHELL)
 def test_nothing_that_becomes_of_the_output_ends_a_run(how, awkward, tmp_path):
     flags = ["--dataset", awkward, "--image_size", 8, "--batch_size", 8]
     flags += ["--epochs", 1, "--output_dir", "out"]
@@ -395,7 +395,7 @@ def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path)
 
 
 @pytest.mark.parametrize("copies", [1, pytest.param(16, marks=pytest.mark.slow)])
-def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
+def test_images_that_are_all_the_same_have_no_tsne(copies, run_here, tmp_path):
     """scikit-learn's search would end the whole process, by a segmentation fault."""
     for split, count in (("train", 8), ("test", 2 * copies)):
         for c, colour in (("a", "black"), ("b", "black" if split == "test" else "white")):
@@ -404,7 +404,7 @@ def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
                 Image.new("RGB", (8, 8), colour).save(tmp_path / split / c / f"{i}.png")
     flags = ["--dataset", ".", "--epochs", 1, "--output_dir", "out", "--no-baselines"]
     flags += [*NARROW, "--image_size", 8, "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
-    done = run("simCLR.py", *flags, cwd=tmp_path)
+    done = run_here("simCLR.py", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no t-SNE: it needs four different test images or more, and there are 1" in done.stdout
     assert "knn" in json.loads((tmp_path / "out/results.json").read_text())

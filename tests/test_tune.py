@@ -307,6 +307,7 @@ def _distributions():
     return trial.distributions
 
 
+@pytest.mark.slow
 def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
     """The script itself: some trials end early, and the report says what that saved."""
     flags = ["--dataset", "digits", "--n_trials", 9, "--epochs", 4]
@@ -444,6 +445,7 @@ def test_a_trials_network_is_gone_before_the_next_is_built(tmp_path, monkeypatch
     assert states == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_the_study_lies_in_its_folder_whatever_that_is_called(run_here, tmp_path):
     """In a database's URL, a question mark would end the file's name."""
     for name in ("what?1", "what?2"):
@@ -466,6 +468,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         tune.open_study(config, f"sqlite:///{tmp_path}/study.db", DATA)
 
 
+@pytest.mark.slow
 def test_any_other_error_ends_the_worker_and_costs_no_trial(tmp_path, monkeypatch):
     """A broken GPU must not use up the study."""
     study, splits, config = small_study(tmp_path, n_trials=3, epochs=1)
@@ -598,6 +601,7 @@ def test_two_workers_on_sqlite_lose_nothing(tmp_path):
     check_shared_study(f"sqlite:///{tmp_path}/shared.db", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_workers_trial_is_retried_on_sqlite(tmp_path):
     check_rescue(f"sqlite:///{tmp_path}/shared.db", tmp_path)
 
@@ -894,6 +898,7 @@ def postgres():
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_two_workers_on_postgresql(postgres, tmp_path):
     check_shared_study(postgres, tmp_path)
 
