@@ -26,7 +26,14 @@ from contrastive.few_labels import (
 from contrastive.finetuning import FineTuned, FineTuningSettings, Labelled, Start, finetune
 from contrastive.looking import Looked, look, plot_surest
 from contrastive.pretrained import encoder_file, has_head
-from contrastive.probe import Features, LinearClassifier, Probed, knn_accuracy, probe
+from contrastive.probe import (
+    Features,
+    LinearClassifier,
+    Probed,
+    knn_accuracy,
+    note_few_neighbours,
+    probe,
+)
 from contrastive.representation import Mirrored, Resized
 from functions import ImageDataset, Subset, check
 
@@ -311,6 +318,8 @@ def evaluate(
     shared by every evaluation. asked: where it is to say how sure it is.
     """
     images = labelled_images(data, settings)
+    if "knn" in settings.stages_list:
+        note_few_neighbours(images.train_labels, images.classes, settings.knn_k)
     measured: dict[str, Measured] = {}
     if settings.baselines and settings.measures:
         own = fn.Normalize(data.pretraining_images)

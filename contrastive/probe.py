@@ -120,6 +120,15 @@ def knn_accuracy(features: Features, settings: ProbeSettings, k: int | None = No
     return fn.accuracy(predicted.cpu(), features.test_labels)
 
 
+def note_few_neighbours(labels: Tensor, classes: tuple[str, ...], k: int) -> None:
+    """Say that k neighbours are more than a class has images, labels int64 (N,): whatever k-NN says
+    of that class, most votes are other classes'."""
+    least, name = min(zip(labels.bincount(minlength=len(classes)).tolist(), classes, strict=True))
+    if k > least:
+        problem = f"--knn_k {k}: {name} has only {least:,} labelled images"
+        fn.note(f"{problem}, so others outvote it; try fewer neighbours, such as 5")
+
+
 # ------------------------------------------------------------------------------------------------
 # The linear probe
 # ------------------------------------------------------------------------------------------------

@@ -64,13 +64,9 @@ class Sets:
         labels = labels[fn.stratified_subset(labels, settings.label_fraction, settings.seed)]
         for amount in settings.label_amounts:
             amount.check(labels, measured.classes)
-        counts = labels.bincount(minlength=len(measured.classes)).tolist()
-        least, name = min(zip(counts, measured.classes, strict=True))
-        if "knn" in settings.stages_list and settings.knn_k > least:
-            problem = f"--knn_k {settings.knn_k}: {name} has only {least:,} labelled images"
-            fn.note(f"{problem}, so others outvote it; try fewer neighbours, such as 5")
         if "certainty" not in settings.stages_list:
             return Sets(learned, measured)
+        least, name = min(zip(labels.bincount().tolist(), measured.classes, strict=False))
         problem = f"{settings.set_flag} {measured.name}: {name} has {least} labelled training image"
         check(least > 1, f"{problem}, where certainty needs two of each class")
         others = load_others(settings, self.measured)

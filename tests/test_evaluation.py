@@ -11,7 +11,7 @@ from torch import nn
 
 import functions as fn
 import simCLR
-from contrastive import evaluation, few_labels, sets
+from contrastive import evaluation, few_labels
 from contrastive import probe as probing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
@@ -449,15 +449,10 @@ def test_more_labels_than_a_class_has_are_said_to_be_all_of_them(capsys):
 
 
 def test_more_neighbours_than_a_class_has_images_are_noted(capsys):
-    images = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1])
-    data = fn.ImageDataset("x", images, labels, images, labels, ("a", "b"))
-    for k, stages in ((3, "pretrain,knn"), (4, "pretrain,probe")):
-        config = make_config(knn_k=k, stages=stages)
-        sets.Sets(data, data).ready(config)
+    probing.note_few_neighbours(labels, ("a", "b"), 3)
     assert capsys.readouterr().err == ""
-    config = make_config(knn_k=4, stages="pretrain,knn")
-    sets.Sets(data, data).ready(config)
+    probing.note_few_neighbours(labels, ("a", "b"), 4)
     said = "note: --knn_k 4: b has only 3 labelled images, so others outvote it; try"
     assert capsys.readouterr().err.startswith(said)
 

@@ -161,8 +161,8 @@ def assert_other_data_are_refused(script, image_folder, cwd):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SHORT)
 def test_torture(script, uninterrupted, image_folder, tmp_path):
-    """Twenty SIGKILLs at random moments of each script's run (set KILLS for more)."""
-    torture(script, int(os.environ.get("KILLS", "20")), uninterrupted, image_folder, tmp_path)
+    """Eight SIGKILLs at random moments of each script's run (set KILLS for more)."""
+    torture(script, int(os.environ.get("KILLS", "8")), uninterrupted, image_folder, tmp_path)
 
 
 @pytest.mark.slow
