@@ -571,9 +571,10 @@ def pretrain(model: SimCLRModel, data: ImageDataset, config: Config, folder: Pat
 
 def print_learning_rate(config: Optimisation) -> None:
     """The learning rate and its schedule, for people."""
-    n = config.effective_batch_size
-    by = {"linear": f" x {n}/256", "sqrt": f" x sqrt({n}/256)", "none": ""}[config.scaling]
-    rate = f"{config.base_learning_rate:g}{by} = {actual_learning_rate(config):g}"
+    n, rate = config.effective_batch_size, f"{actual_learning_rate(config):g}"
+    if config.scaling != "none":
+        factor = {"linear": f"{n}/256", "sqrt": f"sqrt({n}/256)"}[config.scaling]
+        rate = f"{config.base_learning_rate:g} x {factor} = {rate}"
     warmup = f"warm-up {warmup_epochs(config):g} of {config.epochs} epochs, then cosine"
     print(f"{config.optimizer}, learning rate {rate}, {warmup}", flush=True)
 

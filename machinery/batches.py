@@ -151,7 +151,8 @@ class Batches:
 
     def where(self, device: torch.device) -> str:
         """Where the images are during training: for people."""
-        size = f"{self.bytes / 2**20:,.0f} MiB of images"
+        mib = self.bytes / 2**20
+        size = f"{mib:,.0f} MiB of images" if mib > 10 else f"{mib:.1f} MiB of images"
         if self.fits(device):
             return f"{size}, kept in the memory of the {device.type}"
         free = f"{free_memory(device) / 2**20:,.0f} MiB that are free on the {device.type}"

@@ -476,11 +476,20 @@ def test_weights_decay_and_biases_do_not(optimizer, kind):
         assert made.defaults["momentum"] == 0.8
 
 
-@pytest.mark.parametrize(("scaling", "rate"), [("linear", 1.2), ("sqrt", 0.6), ("none", 0.3)])
-def test_the_rate_follows_the_batch_as_it_is_told(scaling, rate, capsys):
+@pytest.mark.parametrize(
+    ("scaling", "rate", "words"),
+    [
+        ("linear", 1.2, "0.3 x 1024/256 = 1.2"),
+        ("sqrt", 0.6, "0.3 x sqrt(1024/256) = 0.6"),
+        ("none", 0.3, "0.3"),
+    ],
+)
+def test_the_rate_follows_the_batch_as_it_is_told(scaling, rate, words, capsys):
     """Appendix B.1; a batch of 1,024 is four times 256."""
     config = make_config(learning_rate=0.3, batch_size=1024, scaling=scaling)
     assert simCLR.actual_learning_rate(config) == pytest.approx(rate)
+    simCLR.print_learning_rate(config)
+    assert capsys.readouterr().out.startswith(f"sgd, learning rate {words}, warm-up 10 of 300")
     assert math.isclose(simCLR.SCALINGS[scaling](1.0), 1.0)
 
 

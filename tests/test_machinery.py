@@ -855,6 +855,12 @@ def test_a_quarter_of_the_free_memory_is_for_the_images(free, fits, monkeypatch)
     assert words in batches.where(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("numbers", "words"), [(275_000, "0.3 MiB"), (2**30, "1,024 MiB")])
+def test_few_images_take_some_memory(numbers, words):
+    batches = fn.Batches(torch.zeros(1, dtype=torch.uint8).expand(numbers), batch_size=7)
+    assert batches.where(torch.device("cpu")).startswith(f"{words} of images")
+
+
 def test_free_memory_is_what_the_system_says():
     free = devices.free_memory(torch.device("cpu"))
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
