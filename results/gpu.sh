@@ -84,11 +84,11 @@ case "${1:?which piece: 1, 2, 3 or 4}" in
     ;;
 4)
     versions
-    epochs=30 trials=20
-    [ "$ACC" = cuda ] || { DATA=digits; epochs=3; trials=3; }
+    epochs=30 trials=20 share=0.9
+    [ "$ACC" = cuda ] || { DATA=digits; epochs=2; trials=2; share=0.2; }
     run rnn.py --dataset "$DATA" --accelerator "$ACC" --cell all --epochs $epochs --output_dir "$(fresh rows)"
     run rnn_hyperparameter_tune.py --dataset "$DATA" --accelerator "$ACC" --space extended \
-        --n_trials $trials --epochs 3 --train_fraction 0.9 --workers 2 --output_dir "$(fresh study)"
+        --n_trials $trials --epochs 3 --train_fraction $share --workers 2 --output_dir "$(fresh study)"
     # Killed once its first checkpoint is there, and resumed.
     folder=$(fresh killed)
     "$PYTHON" simCLR.py $tiny --epochs 6 --stages pretrain,knn --checkpoint_every 0 --output_dir "$folder" &
