@@ -294,10 +294,10 @@ class Optimisation(fn.SeveralDevices):
     """passes over the images in pretraining"""
     batch_size: int = 512
     """N, images per batch and device: each view sees M(N - 1) negatives, N counted over all
-    devices"""
+    devices (2(N - 1) with --positives mean, N - 1 with --loss latent_class)"""
     micro_batch_size: int | None = None
-    """images that are in memory at once (all of the batch unless given): the same gradient, a
-    third more arithmetic"""
+    """images that are in memory at once (all of the batch unless given): a third more arithmetic,
+    and the same gradient, but that BatchNorm sees no more than these"""
     optimizer: Literal["sgd", "adam", "adamw", "lars", "muon"] = "sgd"
     """the paper: lars, which matters for large batches; muon steps alike in all directions"""
     momentum: float = 0.9
@@ -308,8 +308,8 @@ class Optimisation(fn.SeveralDevices):
     """for a batch of 256, unless given 0.06 for sgd, 0.3 for lars, 0.03 for muon (nearly the share
     by which a layer turns in a step), 0.001 for adam and adamw"""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """how the learning rate follows the batch: N / 256 as in the paper, its square root (Appendix
-    B.1), or not at all"""
+    """how the learning rate follows the batch: N / 256 as in the paper, the square root of that, or
+    not at all; the square root of Appendix B.1 is sqrt, with lars, at a --learning_rate of 1.2"""
     weight_decay: float = 5e-4
     """of weights; biases and BatchNorm are not decayed (the paper: 1e-6 with LARS), nor is anything
     with muon, which keeps a weight's length"""
@@ -361,8 +361,8 @@ SCALINGS = {"linear": lambda ratio: ratio, "sqrt": math.sqrt, "none": lambda _: 
 def actual_learning_rate(config: Optimisation) -> float:
     """The paper's linear scaling rule: learning_rate * N / 256, N the batch over all devices.
 
-    Or with the square root of N / 256, which is better for small batches and few epochs (Appendix
-    B.1), or without it.
+    Or with the square root of N / 256, or without it. The paper's other rule, 0.075 sqrt(N), is
+    better for small batches and few epochs (Appendix B.1); at a learning_rate of 1.2 it is this.
     """
     return config.base_learning_rate * SCALINGS[config.scaling](config.effective_batch_size / 256)
 
@@ -413,7 +413,7 @@ class Config(EvaluationSettings, Optimisation, Loss, Views, Head, Encoder, fn.Ru
 
     script: ClassVar[str] = "simCLR.py"
     if_memory_runs_out: ClassVar[str] = (
-        "give --micro_batch_size (the same result in less memory), or take a smaller --batch_size, "
+        "give --micro_batch_size (nearly the same result), or take a smaller --batch_size, "
         "--crop_size or --encoder"
     )
 

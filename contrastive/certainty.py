@@ -178,8 +178,8 @@ def agreement(views: Tensor) -> Tensor:
 @dataclass
 class Afterwards:
     """Learned on frozen features alone: what predicts a probe's loss, (N, D) -> (N, 1); that probe,
-    which knows one half of the training images; and the temperature at which its probabilities are
-    right as often as they say on the other half."""
+    which knows one half of the training images; and the temperature at which the labels of the
+    other half are likeliest."""
 
     order: nn.Module
     half: nn.Linear

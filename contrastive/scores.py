@@ -70,8 +70,9 @@ def kept_at(certainty: Tensor, right: Tensor, shares: Sequence[float]) -> list[f
 
 
 def aurc(certainty: Tensor, right: Tensor) -> float | None:
-    """The area under risk over coverage: the mean error of the surest, over how many are kept
-    (Geifman & El-Yaniv 2017, arXiv 1705.08500). The lower the better; None for what is no order."""
+    """The area under risk over coverage (the curve: Geifman & El-Yaniv 2017, arXiv 1705.08500; its
+    area: Geifman et al. 2019, arXiv 1805.08206): the mean error of the surest, over how many are
+    kept. The lower the better; None for what is no order."""
     if not certainty.isfinite().all():
         return None
     return float(1 - kept_accuracy(certainty, right).mean())
@@ -81,8 +82,9 @@ def order_of_errors(certainty: Tensor, right: Tensor) -> float | None:
     """What an order of the errors (N,) is worth, whatever their share: 0 if they lie anywhere, 1 if
     they come last. None where there is nothing to order.
 
-    The area of `aurc` less that of the best order, as in Geifman et al. (2019, arXiv 1805.08206,
-    Section 2), over what no order has more than the best.
+    1 - (aurc - that of the best order) / (that of no order - that of the best): the excess over the
+    best, as in Geifman et al. (2019, arXiv 1805.08206, Section 2), as a share of what no order has.
+    Below 0 the errors come first.
     """
     found, best = aurc(certainty, right), aurc(right.double(), right)
     wrong = 1 - float(right.double().mean())

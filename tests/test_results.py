@@ -238,6 +238,19 @@ def test_a_copy_in_jpeg_has_the_same_images_in_their_order(image_folder, tmp_pat
         assert torch.allclose(now.float(), then.float(), atol=1)
 
 
+def test_answers_of_people_come_in_the_order_of_the_copy(image_folder, tmp_path):
+    """The images of three classes mixed, as CIFAR-10's are: each finds its own row again."""
+    data = fn.load_dataset(str(image_folder), tmp_path, 8)
+    mixed = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    data.test_labels = data.test_labels[mixed]
+    data.test_images = 10 * mixed.view(-1, 1, 1, 1).expand(24, 3, 8, 8).to(torch.uint8)
+    module_of(ROOT / "results/cifar10_jpeg.py").save(data, tmp_path / "copy")
+    copy = fn.load_dataset(str(tmp_path / "copy"), tmp_path, 8)
+    order = module_of(ROOT / "results/cifar10h.py").in_order_of_files
+    rows = order(mixed.numpy(), data.test_labels.numpy())
+    assert copy.test_images[:, 0, 0, 0].tolist() == (10 * rows).tolist()
+
+
 def test_the_positive_is_counted_twice():
     """-log( e^p / (2 e^p + sum over negatives) ), term by term; and simCLR.py is not changed."""
     twice = module_of(ROOT / "results/ablations/counted_twice.py").counted_twice

@@ -56,7 +56,8 @@ Made by `python results/certainty/certainty.py`. Each run is
     python simCLR.py --config {CONFIG}
 
 with `--loss`, its `--temperature`, and `--seed`: CIFAR-10 (JPEG copy), two 16-pixel views, five
-epochs, the same arithmetic for all.
+epochs, the same arithmetic for all. What it is measured on is made by `results/cifar10_jpeg.py`,
+`results/fashion_mnist.py` and `results/cifar10h.py`.
 Certainties are asked of the 10,000 test images, at 32 pixels; of 2,000 of them cropped, blurred and
 with noise; and of up to 2,000 images of another set. Cells are mean ± standard deviation over the
 seeds; the raw values are in [runs.json](runs.json).
@@ -115,14 +116,22 @@ def flags_of(one: dict[str, Any]) -> dict[str, str]:
     return {"--loss": PLAIN, **dict(zip(words[::2], words[1::2], strict=True))}
 
 
+def name_of(one: dict[str, Any]) -> str:
+    """What an entry is called: by its loss, plain SimCLR at another temperature by that, too."""
+    flags = flags_of(one)
+    loss, temperature = flags["--loss"], flags.get("--temperature")
+    return f"{PLAIN} at {temperature}" if loss == PLAIN and temperature else loss
+
+
 def by_loss(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """{loss: its entries, by seed}, plain SimCLR first; runs that differ in more than OWN are
-    refused, and so are two settings of one loss."""
-    found: dict[str, list[dict[str, Any]]] = {loss: [] for loss in (PLAIN, *CERTAIN)}
+    refused, and so are two settings of one loss that learns a certainty."""
+    controls = {name_of(one) for one in entries} - {PLAIN, *CERTAIN}
+    names = (PLAIN, *sorted(controls), *CERTAIN)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for one in sorted(entries, key=lambda one: one["seed"]):
-        flags = flags_of(one)
-        loss = flags["--loss"]
-        if not set(flags) <= OWN:
+        loss = name_of(one)
+        if not set(flags_of(one)) <= OWN:
             sys.exit(f"a run with {one['flags']}: these pages compare losses alone")
         if found[loss] and found[loss][0]["flags"] != one["flags"]:
             sys.exit(f"{found[loss][0]['flags']} and {one['flags']}: take one setting")
@@ -136,7 +145,8 @@ def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for loss, runs in by_loss(entries).items():
         plain = {way: way for way in runs[0]["certainty"]["ways"]}
-        ways = plain if loss == PLAIN else {loss: loss, **{f"{loss}: {bar}": bar for bar in BARS}}
+        learned = {loss: loss} if loss in CERTAIN else {}
+        ways = plain if loss == PLAIN else learned | {f"{loss}: {bar}": bar for bar in BARS}
         for name, way in ways.items():
             found[name] = [run["certainty"]["ways"][way] for run in runs]
     return found
@@ -149,7 +159,7 @@ def known(values: list[Value | None]) -> list[Value]:
 
 def spread(one: dict[str, Any], loss: str) -> str:
     """The middle of what a loss has learned, and where nine tenths of it lie, in one run."""
-    if loss == PLAIN:
+    if loss not in CERTAIN:
         return ""
     _, low, middle, high, _ = one["certainty"]["ways"][loss]["quantiles"]
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
@@ -281,7 +291,7 @@ def draw(entries: list[dict[str, Any]], file: Path) -> None:
             values, color = known([one[key] for one in worths]), f"C{1 if way in CERTAIN else 0}"
             if values:
                 measured.draw_seeds(axis, values, place, color)
-            if way in CERTAIN:
+            if way in CERTAIN or (way.startswith(f"{PLAIN} at") and way.endswith(BARS[0])):
                 axis.axhline(place - 0.5, color="0.85", linewidth=0.8)
         axis.axvline(chance, color="0.6", linestyle=":")
         axis.set_yticks(range(len(ways)), list(ways) if number == 0 else [])
