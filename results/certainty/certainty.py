@@ -264,7 +264,7 @@ def page(
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## What is it worth?", VERDICT]
-    parts.append("![What the linear probe gains on the images that are surest](kept.png)")
+    parts.append("![What the linear probe gains on the surest images, and the order of errors](kept.png)")
     parts += ["## Does it cost accuracy?", "\n".join(costs), COSTS]
     parts += ["## Each certainty, each question", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
@@ -315,29 +315,43 @@ def keep_surest(runs: list[str]) -> None:
 
 @fn.drawing
 def draw_kept(entries: list[dict[str, Any]], file: Path) -> None:
-    """By how much the probe's accuracy on the surest images is better than on all of them: the mean
-    over the seeds, in a band of one standard deviation. What needs labels is black, what plain
-    SimCLR has without them grey; each loss has a probe of its own encoder."""
+    """By how much the probe's accuracy on the surest images is better than on all of them, the mean
+    over the seeds in a band of one standard deviation; and how well each loss orders the errors
+    beside what its own encoder offers, a dot for each seed.
+
+    What needs labels is black, what needs neither labels nor another loss grey.
+    """
     ways = by_way(entries)
     norm, neighbour, softmax = BARS
+    grey = {neighbour: "0.4", norm: "0.7"}
     styles = {
         softmax: ("black", f"NT-Xent: {softmax} (labels)"),
-        neighbour: ("0.4", f"NT-Xent: {neighbour}"),
-        norm: ("0.7", f"NT-Xent: {norm}"),
+        **{bar: (color, f"NT-Xent: {bar}") for bar, color in grey.items()},
         **{way: (f"C{number}", way) for number, way in enumerate(CERTAIN)},
     }
-    figure, axis = fn.new_figure(8.5, 4.2)
+    figure, (kept, own) = fn.new_figure(12.5, 4.2, columns=2)
     for way, (color, name) in styles.items():
         curves = np.array(known([one["kept"] for one in ways.get(way, [])]))  # (seeds, shares)
         if len(curves):
             curves = 100 * (curves - curves[:, -1:])  # each encoder has an accuracy of its own
             mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
-            axis.plot(KEPT, mean, color=color, label=name)
+            kept.plot(KEPT, mean, color=color, label=name)
             band = mean - spread, mean + spread
-            axis.fill_between(KEPT, *band, color=color, alpha=0.15, linewidth=0)
-    axis.set(title="What the linear probe gains if only the surest images are kept")
-    axis.set(xlabel="share of the test images that is kept", ylabel="points of accuracy gained")
-    axis.grid(alpha=0.3)
+            kept.fill_between(KEPT, *band, color=color, alpha=0.15, linewidth=0)
+    kept.set(title="What the linear probe gains on the surest images")
+    kept.set(xlabel="share of the test images that is kept", ylabel="points of accuracy gained")
+
+    losses = [way for way in CERTAIN if way in ways]
+    for place, loss in enumerate(losses):
+        for way, color in (grey | {loss: styles[loss][0]}).items():
+            worths = ways[way if way == loss else f"{loss}: {way}"]
+            measured.draw_seeds(own, known([one["order"] for one in worths]), place, color)
+    own.set(title="Each beside the grey two of its own encoder", yticks=range(len(losses)))
+    own.set(xlabel="order of the errors: 0 is none, at 1 they come last")
+    own.set(yticklabels=losses, ylim=(len(losses) - 0.5, -0.5))
+    own.set_xlim(left=0)
+    for axis in (kept, own):
+        axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     fn.save_figure(figure, file)
 
