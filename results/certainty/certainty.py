@@ -264,7 +264,7 @@ def page(
         worth.append(f"| {name} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## What is it worth?", VERDICT]
-    parts.append("![What the linear probe gains on the surest images, and the order of errors](kept.png)")
+    parts.append("![What the linear probe gains, and the order of its errors](kept.png)")
     parts += ["## Does it cost accuracy?", "\n".join(costs), COSTS]
     parts += ["## Each certainty, each question", "\n".join(worth), WORDS]
     parts.append("![What each certainty is worth](certainty.png)")
