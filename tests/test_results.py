@@ -157,6 +157,17 @@ def test_each_loss_stands_beside_what_it_has_to_beat(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_plain_simclr_at_another_temperature_is_a_control_beside_itself():
+    certainty = module_of(ROOT / "results/certainty/certainty.py")
+    control = certain_entry("nt_xent", 0) | {"flags": "--temperature 0.05"}
+    page = certainty.page([control, certain_entry("nt_xent", 0)], [], [])
+    assert "| `nt_xent` |  | 50.0 | 60.0 |" in page
+    assert "| `nt_xent at 0.05` | `--temperature 0.05` | 50.0 | 60.0 |" in page
+    assert list(certainty.by_way([control])) == [
+        f"nt_xent at 0.05: {bar}" for bar in certainty.BARS
+    ]
+
+
 def test_runs_that_differ_in_more_than_the_loss_are_not_compared():
     certainty = module_of(ROOT / "results/certainty/certainty.py")
     other = certain_entry("tau", 0) | {"flags": "--epochs 1 --loss tau"}
