@@ -450,14 +450,15 @@ def plot_study(study: optuna.Study, folder: Path) -> None:
 
 def dress_intermediate_values(axes: Any, study: optuna.Study) -> None:
     """Pruned trials in grey, completed ones in blue; epochs from 1 (Lightning counts from 0)."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axes.set(xlabel="epoch", ylabel="validation loss", yscale="log")
     axes.set(title="Trials, pruned (grey) and completed (blue)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda epoch, _: f"{epoch + 1:g}")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # all nine would touch
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     if legend := axes.get_legend():  # an entry for every trial
         legend.remove()
 

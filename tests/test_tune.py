@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot
 import optuna
 import pytest
 import torch
@@ -350,6 +351,26 @@ def test_a_study_prunes_from_end_to_end(run_here, tmp_path):
 
     names = ("history", "intermediate_values", "importances")
     assert all((tmp_path / f"out/{name}.png").stat().st_size > 5000 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [((0.17, 24), {"0.2", "0.5", "1", "2", "5", "10", "20"}), ((1.1, 2.3), {"1.2", "2"})],
+)
+def test_losses_of_all_sizes_have_labels_that_do_not_touch(losses, shown):
+    study = optuna.create_study()
+    values = dict(enumerate(losses))
+    study.add_trial(optuna.trial.create_trial(value=losses[1], intermediate_values=values))
+    axes = optuna.visualization.matplotlib.plot_intermediate_values(study)
+    tune.dress_intermediate_values(axes, study)
+    axes.figure.canvas.draw()
+    low, high = axes.get_ylim()
+    ticks = [*zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)]
+    labels = {label.get_text() for at, label in ticks if low <= at <= high}
+    matplotlib.pyplot.close(axes.figure)
+    assert shown <= labels
+    assert len(labels) <= 12
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
 
 
 def test_saved_by_pruning():
