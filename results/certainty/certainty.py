@@ -207,8 +207,9 @@ with each loss's own flags. AUROC of the test images of the other eight classes 
 these two; .5 is chance:"""
 
 UNSEEN_WORDS = """\
-None of the four does as well as the sharpness of the pixels. NT-Xent's length of z does as well as
-a probe that knows the labels of the eight."""
+Of this one pair of classes, none of the four knows as much as the sharpness of the pixels.
+NT-Xent's length of z, without a label, knows nearly as much as the probe of the eight (0.64 and
+0.65)."""
 
 
 def of_unseen(entries: list[dict[str, Any]]) -> str:
