@@ -144,6 +144,7 @@ def test_the_textbook_run_is_the_unit():
     assert in_words(T / 4) == "8.32e+14 multiply-accumulates = 0.25 T"
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_takes_and_what_it_took(run_here, tmp_path):
     flags = ["--dataset", "digits", "--stem", "imagenet", "--epochs", 2, "--stages", "pretrain"]
     flags += ["--batch_size", 256, "--views", 3, "--output_dir", "out"]

@@ -343,6 +343,7 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert all("data/cache" in str(path) for path in new), "decoded images may be kept"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_where_there_is_none(run, tmp_path):
     """As a real process: exit status, one line on stderr, no traceback, nothing written."""

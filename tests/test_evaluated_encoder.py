@@ -106,6 +106,7 @@ def averaged_run(prepare, tmp_path_factory):
     return cwd / "whole", flags
 
 
+@pytest.mark.slow
 def test_an_averaged_run_resumes_to_the_same_bits(averaged_run, run_here, tmp_path):
     whole, flags = averaged_run
     flags = [*flags[:-1], "parts", "--max_time", "00:00:00:01"]
@@ -128,6 +129,7 @@ def test_an_averaged_run_resumes_to_the_same_bits(averaged_run, run_here, tmp_pa
     assert knn[0] == knn[1]
 
 
+@pytest.mark.slow
 def test_a_run_lost_after_its_last_epoch_still_leaves_the_average(averaged_run, run_here, tmp_path):
     whole, flags = averaged_run
     with pytest.MonkeyPatch.context() as patch:
@@ -142,6 +144,7 @@ def test_a_run_lost_after_its_last_epoch_still_leaves_the_average(averaged_run, 
     assert same(encoder_of(tmp_path / "parts"), encoder_of(whole))
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_measured_again(averaged_run, run_here, tmp_path):
     """encoder.pt is the averaged one, with its new statistics; the size is a flag of evaluation."""
     whole, _ = averaged_run
@@ -466,6 +469,7 @@ def test_ten_crops_are_torchvisions_but_the_centre_which_is_the_whole_image(heig
     assert on_crops(encoder, ten=False) is encoder
 
 
+@pytest.mark.slow
 def test_ten_crops_are_measured_but_not_of_raw_pixels(run_here, tmp_path):
     """h of every stage is their mean, and of the untrained encoder, too."""
     whole, crops = ["--output_dir", "whole"], ["--ten_crops", "--output_dir", "crops"]
@@ -554,6 +558,7 @@ def test_every_probe_learns_from_mirror_images(image_folder, run_here, tmp_path,
             assert not torch.equal(features.mirrored, features.train)
 
 
+@pytest.mark.slow
 def test_cells_are_measured_and_belong_to_the_untrained_encoder_too(run_here, tmp_path):
     flags = [*SHORT, "--epochs", 1, "--stages", "pretrain,knn,probe,features", "--probe_cells", 2]
     flags += ["--image_size", 16, "--encoder", "compact", "--stem", "cifar", "--width", 0.5]

@@ -399,6 +399,7 @@ JOB = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0", "SLURM_J
 JOB["SLURM_NTASKS_PER_NODE"] = "2"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_somebody_elses_job_is_not_taken(run_here, monkeypatch, tmp_path):
     """Lightning looks for hpc_ckpt_N.ckpt in the current folder, in any job of SLURM."""
     flags = ["--dataset", "digits", "--epochs", 2, "--output_dir", "theirs"]
@@ -531,6 +532,7 @@ def test_compiling_without_triton_is_refused_before_work_begins(gpu, monkeypatch
     assert "--compile needs Triton" in user_error(simCLR.Optimisation.validate, config)
 
 
+@pytest.mark.slow
 def test_each_crop_size_and_micro_batch_has_its_graph(tmp_path, monkeypatch):
     """Eight graphs are PyTorch's limit; what comes later would run slowly, with a warning."""
     from torch._dynamo.testing import CompileCounter

@@ -499,7 +499,8 @@ def test_nesterov_needs_momentum(flags):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["lars", "muon", pytest.param("adamw", marks=pytest.mark.slow)]
+    "optimizer",
+    ["muon", *(pytest.param(other, marks=pytest.mark.slow) for other in ("lars", "adamw"))],
 )
 def test_other_optimizers_and_views_train_and_resume(optimizer, image_folder, run_here, tmp_path):
     """End to end, with four views, a mean target and a deeper head; cut off, and gone on with."""

@@ -358,6 +358,7 @@ def test_transfer_shows_another_set_as_the_encoder_has_seen_its_own(
     assert results["probe"]["test_accuracy"] > 0.3
 
 
+@pytest.mark.slow
 def test_pretraining_and_transfer_in_one_run_know_both_sets(image_folder, run_here, tmp_path):
     flags = ["--dataset", image_folder, "--image_size", 8, *TINY, "--evaluate_on", "digits"]
     flags += ["--stages", "pretrain,knn", "--no-baselines", "--output_dir", "out"]
@@ -455,6 +456,7 @@ def test_one_image_has_features(pretrained, run_here, tmp_path):
     assert np.load(tmp_path / "out/features.npz")["h"].shape == (1, 512)
 
 
+@pytest.mark.slow
 def test_what_is_only_looked_at_costs_the_baselines_no_probe(
     image_folder, pretrained, run_here, tmp_path, monkeypatch
 ):

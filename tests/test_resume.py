@@ -579,6 +579,7 @@ def test_pretraining_does_not_go_on_with_other_data(own_images, run_here, tmp_pa
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_data_that_have_moved_are_named_anew(own_rnn, own_images, run_here):
     """The same images in another place: the run ends as it would have there."""
     cwd = own_rnn.parent

@@ -206,9 +206,11 @@ DATA = fn.load_dataset("digits").description()
 
 
 def small_study(tmp_path=None, **changes):
-    """In memory where no folder is given: a disk would be waited for at each draw."""
+    """Of few images. In memory where no folder is given: a disk would be waited for each draw."""
     config = tune.Config(**{"dataset": "digits", "n_trials": 2, "epochs": 2} | changes)
     splits = rnn.split(fn.load_dataset("digits"), 0.1, seed=0)
+    images, labels = splits.train
+    splits = replace(splits, train=(images[:300], labels[:300]))
     place = f"/{tmp_path}/study.db" if tmp_path else ""
     study = tune.open_study(config, f"sqlite://{place}", DATA)
     return study, splits, config
@@ -447,6 +449,7 @@ def test_a_trial_that_fails_in_itself_is_noted_and_not_repeated(
 
 def test_a_trials_network_is_gone_before_the_next_is_built(tmp_path, monkeypatch):
     """However the trial ended, its memory on a GPU is free again."""
+    trials.quiet_optuna()  # as the script does: pytest would keep what is logged, and the network
     study, splits, config = small_study(tmp_path, n_trials=4, epochs=1)
     build, networks = rnn.build_model, []
 
