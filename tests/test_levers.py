@@ -643,7 +643,7 @@ def test_an_encoder_is_trained_exported_and_loaded_elsewhere(changes, tmp_path):
 def test_the_papers_setting_trains(run_here, tmp_path):
     """The README's command, for two steps on digits."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    command = text[text.index("python simCLR.py --encoder resnet50 --optimizer lars") :]
+    command = text[text.index("python simCLR.py --encoder resnet50 --zero_init") :]
     command = command.partition("```")[0].replace("\\\n", " ")
     _, script, *flags = command.split()
     flags += ["--dataset", "digits", "--epochs", 1, "--batch_size", 700, "--stages", "pretrain"]
