@@ -393,7 +393,7 @@ def test_what_it_cannot_do_is_said(loss, values, flag):
 
 
 @pytest.mark.parametrize(
-    "loss", [pytest.param(loss, marks=() if loss == "tau" else pytest.mark.slow) for loss in CERTAIN]
+    "loss", [pytest.param(name, marks=[pytest.mark.slow] * (name != "tau")) for name in CERTAIN]
 )
 def test_it_trains_is_measured_and_resumes_to_the_bit(loss, image_folder, run_here, tmp_path):
     flags = ["--dataset", image_folder, "--image_size", 8, *NARROW, "--epochs", 2]
