@@ -155,6 +155,11 @@ def by_way(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def marked(way: str) -> str:
+    """A way as a table names it: in bold what a loss has learned."""
+    return f"**{way}**" if way in CERTAIN else way
+
+
 def known(values: list[Value | None]) -> list[Value]:
     """Those of the seeds that have one: not each way is asked each question."""
     return [value for value in values if value is not None]
@@ -218,8 +223,7 @@ def of_unseen(entries: list[dict[str, Any]]) -> str:
     for way, worths in by_way(entries).items():
         found = known([one["others"].get("classes left out") for one in worths])
         if found:
-            name = f"**{way}**" if way in CERTAIN else way
-            lines.append(f"| {name} | {mean(found)} | {len(found)} |")
+            lines.append(f"| {marked(way)} | {mean(found)} | {len(found)} |")
     return "\n".join(lines)
 
 
@@ -267,10 +271,9 @@ def page(
     names += [f"against {Path(name).name}" for name in others]
     worth = [f"| certainty | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for way, worths in ways.items():
-        name = f"**{way}**" if way in CERTAIN else way
         cells = [mean(known([one[key] for one in worths])) for key in ASKED]
         cells += [mean(known([one["others"].get(other) for one in worths])) for other in others]
-        worth.append(f"| {name} | {' | '.join(cells)} |")
+        worth.append(f"| {marked(way)} | {' | '.join(cells)} |")
 
     parts = [INTRODUCTION.strip(), "## What is it worth?", VERDICT]
     parts.append("![What the linear probe gains, and the order of its errors](kept.png)")
