@@ -1,7 +1,9 @@
 """Fixtures: a small folder of images, ways to run a script, and the place and state of a test."""
 
+import contextlib
 import functools
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -102,11 +104,14 @@ def run_here(capfd, monkeypatch):
 @pytest.fixture(scope="session")
 def prepare():
     """As `run_here`, for what several tests share: prepare("simCLR.py", ..., cwd=folder) runs it to
-    its end without an error."""
+    its end without an error; returns what it said on stderr."""
 
-    def run_script(script: str, *flags: object, cwd: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            assert in_this_process(patch, script, *flags, cwd=cwd) == 0
+    def run_script(script: str, *flags: object, cwd: Path) -> str:
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+            status = in_this_process(patch, script, *flags, cwd=cwd)
+        assert status == 0, said.getvalue()
+        return said.getvalue()
 
     return run_script
 

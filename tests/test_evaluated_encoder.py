@@ -102,7 +102,7 @@ def averaged_run(prepare, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("averaged")
     flags = [*SHORT, "--ema", 0.8, "--recalibrate", "true", "--evaluation_size", 16]
     flags += ["--whiten", "true", "--output_dir", "whole"]
-    prepare("simCLR.py", *flags, cwd=cwd)
+    assert prepare("simCLR.py", *flags, cwd=cwd) == ""
     return cwd / "whole", flags
 
 

@@ -395,7 +395,7 @@ def test_hard_names_are_short_in_tables_and_figures(awkward, run_here, tmp_path)
 
 
 @pytest.mark.parametrize("copies", [1, pytest.param(16, marks=pytest.mark.slow)])
-def test_images_that_are_all_the_same_have_no_tsne(copies, run_here, tmp_path):
+def test_images_that_are_all_the_same_have_no_tsne(copies, run, tmp_path):
     """scikit-learn's search would end the whole process, by a segmentation fault."""
     for split, count in (("train", 8), ("test", 2 * copies)):
         for c, colour in (("a", "black"), ("b", "black" if split == "test" else "white")):
@@ -404,7 +404,7 @@ def test_images_that_are_all_the_same_have_no_tsne(copies, run_here, tmp_path):
                 Image.new("RGB", (8, 8), colour).save(tmp_path / split / c / f"{i}.png")
     flags = ["--dataset", ".", "--epochs", 1, "--output_dir", "out", "--no-baselines"]
     flags += [*NARROW, "--image_size", 8, "--batch_size", 8, "--knn_k", 3, "--probe", "lbfgs"]
-    done = run_here("simCLR.py", *flags, cwd=tmp_path)
+    done = run("simCLR.py", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "no t-SNE: it needs four different test images or more, and there are 1" in done.stdout
     assert "knn" in json.loads((tmp_path / "out/results.json").read_text())
